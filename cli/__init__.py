@@ -1,0 +1,1 @@
+"""The front door: parses, wires the rooms together, prints."""

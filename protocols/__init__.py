@@ -1,0 +1,1 @@
+"""What is said: messages, recipes, bytes, and what both sides must compute bit for bit."""

@@ -1,0 +1,308 @@
+"""A recipe, parsed: one section per concern, every field documented where it is defined.
+
+`fedloom recipes --reference` prints these fields; docs/recipes.md is generated from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Wire = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+class Section(BaseModel):
+    """A frozen table of a recipe that takes no key it does not name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The public base model that every device holds."""
+
+    path: str = "embedded"
+    """`embedded`, a folder, or any Hugging Face id, as `from_pretrained` takes it."""
+    task: Literal["causal", "classify"] = "causal"
+    """`causal` (language modelling) or `classify` (sequence classification)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The dtype that the base is held in."""
+    labels: int | tuple[str, ...] = 2
+    """For `classify`: how many classes (labels are then 0, 1, ...), or their names."""
+    device: str = "auto"
+    """Torch device; `auto` takes CUDA where there is one."""
+
+
+class Data(Section):
+    """The private data, and how it becomes tokens."""
+
+    source: str = "household"
+    """`household` (the embedded task), or a JSONL or CSV file."""
+    max_length: int = Field(default=128, ge=8)
+    """Longest sequence in tokens; prompts are cut from the left, completions never."""
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of each device's examples held out for evaluation (files only; `household` has its own held-out set)."""
+    limit: int = Field(default=0, ge=0)
+    """Read at most this many examples of a file; 0 reads all."""
+    train_scale: float = Field(default=1.0, gt=0)
+    """Multiplies the amount of training data of each embedded household."""
+    test_size: int = Field(default=30, ge=1)
+    """Held-out requests per embedded household."""
+
+
+class Fleet(Section):
+    """The pretend devices of a simulation."""
+
+    devices: int = Field(default=20, ge=1)
+    """How many devices."""
+    ranks: tuple[int, ...] = (32, 16, 16, 8, 8, 4, 4, 2)
+    """The largest adapter rank each device can train, repeated over the fleet."""
+    partition: Literal["natural", "iid", "dirichlet", "key", "quantity"] = "natural"
+    """How a file's examples are dealt out; `natural` keeps the embedded households as they are."""
+    alpha: float = Field(default=0.5, gt=0)
+    """Concentration for `dirichlet` (over labels) and `quantity` (over amounts); smaller is more unequal."""
+    key: str = ""
+    """The column that names an example's owner, for `key`."""
+
+
+class Lora(Section):
+    """The adapters."""
+
+    targets: Literal["auto"] | tuple[str, ...] = "auto"
+    """Module names that get an adapter (suffixes, as in peft); `auto` finds every linear layer but the output head."""
+    alpha: float | None = Field(default=None, gt=0)
+    """LoRA alpha; unset means 2 x rank, so that unequal ranks share one scale."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+
+
+class Train(Section):
+    """What one device does in one round."""
+
+    tuner: str = "lora"
+    """The local algorithm; `fedloom tuners` lists them."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Local optimiser."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Local learning rate."""
+    steps: int = Field(default=8, ge=1)
+    """Local optimiser steps in a round."""
+    batch_size: int = Field(default=8, ge=1)
+    """Examples in one forward pass."""
+    accumulate: int = Field(default=1, ge=1)
+    """Forward passes whose gradients add up to one optimiser step."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay (AdamW) or L2 (SGD)."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum of SGD."""
+
+
+class StrategyTable(BaseModel):
+    """How updates merge. Keys beside these are the strategy's own options: `fedloom strategies NAME` lists them."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    name: str = "fedloom"
+    """The strategy; `fedloom strategies` lists them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Server(Section):
+    """Rounds."""
+
+    rounds: int = Field(default=10, ge=1)
+    """How many rounds."""
+    cohort: int = Field(default=0, ge=0)
+    """Devices drawn for each round; 0 takes all."""
+    min_updates: int = Field(default=1, ge=1)
+    """A round with fewer good updates than this is an error: it keeps the state and stops the run."""
+    timeout: float = Field(default=3600.0, gt=0)
+    """Seconds to wait for a round's answers."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the latest checkpoints stay on disk."""
+
+
+class WireTable(Section):
+    """How tensors travel."""
+
+    up: Wire = "fp32"
+    """Dtype of what devices send: fp32, fp16, bf16, or int8 with stochastic rounding."""
+    down: Wire = "fp32"
+    """Dtype of what the server sends."""
+    limit_mb: int = Field(default=512, ge=1)
+    """A message larger than this is refused before it is read."""
+
+
+class Evaluation(Section):
+    """How the model is judged on each device's held-out examples."""
+
+    every: int = Field(default=1, ge=0)
+    """Evaluate after every n-th round, and always before the first and after the last; 0 for only those two."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples in one forward pass."""
+    rouge: bool = False
+    """Also generate, and report Rouge-L and exact match of the generated text."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest generation, for `rouge`."""
+
+
+class Track(Section):
+    """Where metrics go, beside metrics.jsonl, which is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb_project: str = ""
+    """Log to this Weights & Biases project (needs `wandb` installed)."""
+    mlflow_uri: str = ""
+    """Log to this MLflow tracking URI (needs `mlflow` installed)."""
+
+
+class Simulation(Section):
+    """How pretend devices run on this machine."""
+
+    workers: int = Field(default=0, ge=0)
+    """Worker processes that each hold the model once; 0 runs the devices in this process."""
+    threads: int = Field(default=1, ge=1)
+    """Torch threads in each process."""
+
+
+class Contender(Section):
+    """One line of a comparison: a label and the settings that differ from the recipe."""
+
+    label: str
+    """Its name in tables and plots."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Dotted keys to override, for example {"strategy.name" = "flora"}."""
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    name: str = "run"
+    """What the run is called."""
+    about: str = ""
+    """One line on what the recipe shows, for `fedloom recipes`."""
+    seed: int = Field(default=0, ge=0)
+    """The seed that every random choice derives from."""
+    model: Model = Model()
+    data: Data = Data()
+    fleet: Fleet = Fleet()
+    lora: Lora = Lora()
+    train: Train = Train()
+    strategy: StrategyTable = StrategyTable()
+    server: Server = Server()
+    wire: WireTable = WireTable()
+    eval: Evaluation = Evaluation()
+    track: Track = Track()
+    simulation: Simulation = Simulation()
+    compare: tuple[Contender, ...] = ()
+    """Run the recipe once for each of these, on the same devices, and report them side by side."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known word, or lists them all when none is close."""
+    options = sorted(known)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+
+
+def _known_keys(table: Mapping[str, Any], where: tuple[str, ...], schema: type[BaseModel]) -> None:
+    """Raise on the first key that `schema` does not name, with the nearest that it does."""
+    for key, value in table.items():
+        known = schema.model_fields
+        if key not in known:
+            if schema.model_config.get("extra") == "allow":
+                continue
+            section = f" in [{'.'.join(where)}]" if where else ""
+            raise ValueError(f"unknown recipe key {key!r}{section}: {nearest(key, known)}")
+        inner = known[key].annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, Mapping):
+            _known_keys(value, (*where, key), inner)
+
+
+def build_config(table: Mapping[str, Any]) -> RunConfig:
+    """Validate a parsed recipe.
+
+    Raises:
+        ValueError: one line that names the key, what it must be and what was got.
+    """
+    _known_keys(table, (), RunConfig)
+    try:
+        return RunConfig.model_validate(dict(table))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"recipe key {where!r}: {first['msg'].lower()}, got {first['input']!r}") from None
+
+
+def _literal(text: str) -> Any:
+    """The TOML value that `text` spells, or the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def override(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a nested table with dotted keys set."""
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    for dotted, value in changes.items():
+        *sections, leaf = dotted.split(".")
+        inner = result
+        for section in sections:
+            inner[section] = dict(inner.get(section) or {})
+            inner = inner[section]
+        inner[leaf] = value
+    return result
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """`["train.lr=0.01"]` as {"train.lr": 0.01}.
+
+    Raises:
+        ValueError: for a setting without `=`.
+    """
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"a setting must be key=value, got {setting!r}")
+        changes[key.strip()] = _literal(text.strip())
+    return changes
+
+
+def read_recipe(path: Path, settings: Iterable[str] = ()) -> RunConfig:
+    """Read a TOML recipe and apply `key=value` settings to it.
+
+    Raises:
+        ValueError: for a missing file, malformed TOML, an unknown key or a bad value.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not TOML: {error}") from None
+    return build_config(override(table, parse_settings(settings)))
+
+
+def contenders(config: RunConfig) -> list[tuple[str, RunConfig]]:
+    """The runs that a recipe stands for: one, or one for each line of its comparison."""
+    if not config.compare:
+        return [(config.strategy.name, config)]
+    labels = [contender.label for contender in config.compare]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"labels of a comparison must differ, got {labels}")
+    base = config.model_dump(exclude={"compare"}, exclude_unset=True)
+    return [(contender.label, build_config(override(base, contender.set))) for contender in config.compare]

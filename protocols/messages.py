@@ -1,0 +1,192 @@
+"""The few types that flow between a server, its devices and the strategies.
+
+Legend of shapes: r rank, d_out x d_in the logical weight of a linear map (y = W x), whatever the layer stores.
+Everything here is plain data on NumPy arrays: a relay or a server needs neither torch nor a model to speak it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+
+PROTOCOL_VERSION = 1
+
+
+class Kind(StrEnum):
+    """What a task asks for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+class Start(StrEnum):
+    """Where a device's trainable adapter begins in a round."""
+
+    FRESH = "fresh"  # B = 0, A random from the task's seed
+    PATCH = "patch"  # B = 0, A from the newest delta's right singular vectors, random beyond them
+    GIVEN = "given"  # the factors that the task carries
+    OWN = "own"  # what the device itself ended with last time
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """One weight's low-rank term: delta W = scale * b @ a, with b [d_out, r] and a [r, d_in].
+
+    `scale` is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023): alpha and rank always travel with the
+    factors, so no side has to guess them.
+    """
+
+    b: Array
+    a: Array
+    alpha: float
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.b.ndim != 2 or self.a.ndim != 2 or self.b.shape[1] != self.a.shape[0] or self.a.shape[0] < 1:
+            raise ValueError(f"factors must be b [d_out, r] and a [r, d_in], got {self.b.shape} and {self.a.shape}")
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def dense(self) -> Array:
+        """scale * b @ a, [d_out, d_in]."""
+        return self.scale * (self.b @ self.a)
+
+
+def unscaled(b: Array, a: Array) -> LowRank:
+    """Factors whose scale is 1: alpha equals the rank."""
+    return LowRank(b=b, a=a, alpha=float(a.shape[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """Tensors that add to a model: low-rank terms by module name, dense terms by module or parameter name."""
+
+    factors: Mapping[str, LowRank] = field(default_factory=dict)
+    dense: Mapping[str, Array] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.factors or self.dense)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """The global model at `version`, relative to what a device holds at `since` (0: the public base itself).
+
+    A device whose version is not `since` must restore its base when `since` is 0, and refuse otherwise.
+    Factors are ordered newest delta first, so their leading rows of A are the newest right singular vectors.
+    """
+
+    base_hash: str
+    since: int
+    version: int
+    payload: Payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixSpec:
+    """One weight that may carry an adapter: its logical size and how its layer stores it."""
+
+    d_out: int
+    d_in: int
+    kind: str = "linear"  # "linear" stores [d_out, d_in]; "conv1d" (GPT-2) stores [d_in, d_out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a server knows of the model without loading it: adapted matrices, dense parameters, the base's hash."""
+
+    base_hash: str
+    matrices: Mapping[str, MatrixSpec]
+    dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceReport:
+    """What a device says of itself: its name, data, limits, and the model version it holds."""
+
+    device: str
+    examples: int
+    rank: int  # the largest adapter rank it can train
+    version: int = 0  # the patch version it holds; 0 is the public base
+    state_round: int = 0  # the last round whose result the server accepted from it; 0 for none
+    capabilities: tuple[str, ...] = ("backprop",)
+    software: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the server asks of one device this round."""
+
+    device: str
+    round: int
+    rank: int
+    alpha: float
+    start_from: Start
+    kind: Kind = Kind.TRAIN
+    tuner: str = "lora"
+    rslora: bool = False
+    train_a: bool = True  # False: A is frozen (FFA-LoRA)
+    send: bool = True  # False: the adapter stays on the device (local-only)
+    start: Payload = field(default_factory=Payload)
+    patch: Patch | None = None  # None: the device stays on the version it holds
+    run: str = ""
+    nonce: int = 0
+    seed: int = 0
+    state_round: int = 0  # which of its own saved states the device goes on from
+    wire: str = "fp32"  # the dtype that the answer travels in
+    knobs: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a task cost its device."""
+
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What a device answers: how much data stands behind it, what it measured and cost, and the tensors."""
+
+    device: str
+    round: int
+    examples: int
+    kind: Kind = Kind.TRAIN
+    run: str = ""
+    nonce: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    payload: Payload = field(default_factory=Payload)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """A device's first words: who it is and which model it holds."""
+
+    report: DeviceReport
+    spec: ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A device's 'no' to a task, with a reason and the version that it really holds."""
+
+    device: str
+    round: int
+    reason: str
+    version: int = 0

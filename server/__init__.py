@@ -1,0 +1,1 @@
+"""Who coordinates: rounds, checkpoints, metrics; holds a patch, never private data."""

@@ -1,0 +1,1 @@
+"""The pretend world: fleets, partitions, the in-process grid, recipes and reports."""

@@ -1,0 +1,1 @@
+"""The embedded task: typed requests to a household assistant, turned into function calls."""

@@ -1,0 +1,1 @@
+"""How updates merge: pure tensor maths, updates in, next state out."""

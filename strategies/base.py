@@ -1,0 +1,68 @@
+"""The one protocol that every aggregation strategy answers, and the state that it evolves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from fedloom.protocols.messages import Array, DeviceReport, ModelSpec, Patch, Payload, Task, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A strategy's whole memory: named tensors plus JSON-able metadata, so one checkpoint writer serves every strategy.
+
+    `version` counts the aggregations done: a device that holds version v has seen the first v of them.
+    """
+
+    version: int
+    tensors: Mapping[str, Array] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How a recipe scales adapters: alpha (None: 2 x rank, one scale for every rank) and whether rsLoRA."""
+
+    alpha: float | None = None
+    rslora: bool = False
+
+    def alpha_for(self, rank: int) -> float:
+        return 2.0 * rank if self.alpha is None else self.alpha
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Pure functions from state to state; a strategy keeps nothing between calls but its options.
+
+    The server fills in what is not the strategy's business (run, nonce, seed, wire, training knobs) after `plan`.
+    """
+
+    def init(self, spec: ModelSpec, seed: int) -> State:
+        """The state before the first round."""
+        ...
+
+    def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
+        """One training task per device."""
+        ...
+
+    def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
+        """One evaluation task per device, on the current global model (or the device's own, if that is the point)."""
+        ...
+
+    def aggregate(self, state: State, updates: Iterable[Update]) -> State:
+        """Consume updates as they arrive, in memory flat in their number, and return the next state.
+
+        Raises:
+            ValueError: when no update carries an example, or an update contradicts the model's spec.
+        """
+        ...
+
+    def catch_up(self, state: State, since: int) -> Patch | None:
+        """What a device that last saw version `since` needs; None when it needs nothing merged."""
+        ...
+
+    def adapter(self, state: State) -> Payload:
+        """The global model as a payload relative to the public base, for export."""
+        ...
