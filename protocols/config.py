@@ -149,6 +149,8 @@ class Evaluation(Section):
 
     every: int = Field(default=1, ge=0)
     """Evaluate after every n-th round, and always before the first and after the last; 0 for only those two."""
+    metric: Literal["auto", "exact_match", "token_accuracy", "accuracy", "rouge_l", "loss"] = "auto"
+    """What runs are compared by; `auto` is exact match for `causal` and accuracy for `classify`."""
     batch_size: int = Field(default=64, ge=1)
     """Examples in one forward pass."""
     rouge: bool = False

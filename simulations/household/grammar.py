@@ -22,7 +22,7 @@ Speaker = Callable[[str, random.Random], Filling]
 
 _BEFORE = ("please", "could you", "can you", "hey", "ok", "would you please", "hi there ,", "quick ,")
 _AFTER = ("please", "thanks", "now", "for me", "if you can", "would you", "thank you")
-_DROPPABLE = frozenset({"the", "a", "an", "to", "in", "at", "for", "of", "is", "are", "that", "on", "by"})
+_DROPPABLE = frozenset({"the", "a", "an", "to", "in", "at", "for", "of", "is", "are", "that", "by"})
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "tomorrow")
 _COUNTS = ("one", "two", "three", "four", "five", "six")
 
@@ -100,8 +100,8 @@ def quantity(slot: str, rng: random.Random) -> Filling:
 def _slip(word: str, rng: random.Random) -> str:
     """Swap two neighbours, lose a letter or press one twice."""
     at = rng.randrange(1, len(word) - 1)
-    slips = (word[:at] + word[at + 1] + word[at] + word[at + 2 :], word[:at] + word[at + 1 :], word[:at] + word[at - 1 :])
-    return rng.choice(slips)
+    before, after = word[:at], word[at + 1 :]
+    return rng.choice((before + after[0] + word[at] + after[1:], before + after, before + word[at - 1 :]))
 
 
 def _number(low: int, high: int, step: int, *units: str) -> Callable[[random.Random], Filling]:

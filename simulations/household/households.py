@@ -4,7 +4,6 @@ import random
 from dataclasses import dataclass
 
 from fedloom.simulations.household.functions import FUNCTIONS, Function
-from fedloom.simulations.household.general import general_filling
 from fedloom.simulations.household.grammar import Example, Filling, Request, Style, draw_request, quantity, render
 from fedloom.simulations.household.lexicon import ALIASES, GENERAL, NAMES
 
@@ -86,3 +85,8 @@ def household(index: int, *, seed: int, train_scale: float = 1.0, test_size: int
         if request not in held_out:
             train.append(render(request, style, rng))
     return Household(index=index, train=train, test=test)
+
+
+def _ask(mix: list[float], speaker: _Vocabulary, rng: random.Random) -> Request:
+    function: Function = rng.choices(FUNCTIONS, mix)[0]
+    return draw_request(function, speaker, rng)

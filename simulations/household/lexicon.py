@@ -143,7 +143,7 @@ def pseudo_word(rng: random.Random) -> str:
     The base model meets thousands of them, each with itself as meaning, and so learns to copy what it never saw.
     """
     while True:
-        syllables = rng.choice((1, 2, 2, 2, 3))
+        syllables = rng.choice((1, 2, 2))
         word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
         if len(word) > 2 and word not in _RESERVED:
             return word

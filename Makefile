@@ -1,0 +1,54 @@
+# `make demo` and `make test` do all the set-up themselves, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ROOMS := protocols strategies client server simulations cli
+export OMP_NUM_THREADS ?= 1
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test check lint types test-slow bench proto docs clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once, a few minutes) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed  ## Twenty unequal devices tune a language model together; five strategies side by side
+	$(BIN)/fedloom run demo --out runs/demo --force
+
+check: lint types  ## Lint and types
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	@mkdir -p build/types/fedloom
+	@for room in $(ROOMS); do ln -sfn $(CURDIR)/$$room build/types/fedloom/$$room; done
+	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases $(addprefix -p fedloom.,$(ROOMS))
+
+test: check  ## Lint, types and the whole fast suite
+	$(BIN)/pytest -q -n 2
+
+test-slow: $(VENV)/installed  ## What takes minutes: Flower's own engine, real data
+	$(BIN)/pytest -q -m slow
+
+bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
+	$(BIN)/python benchmarks/aggregate.py --layers 2
+
+proto: $(VENV)/installed  ## Regenerate protocols/fedloom_pb2.py
+	$(BIN)/python -m fedloom.protocols.generate
+
+docs: $(VENV)/installed  ## Regenerate docs/recipes.md
+	$(BIN)/fedloom recipes --reference > docs/recipes.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,68 @@
+"""What a finished run still needs: its report, and its global model in a form that others load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fedloom.client.export import export_merged, export_peft
+from fedloom.client.model import load_model
+from fedloom.protocols.config import RunConfig
+from fedloom.server.checkpoint import latest_checkpoint
+from fedloom.server.loop import CHECKPOINTS
+from fedloom.simulations.report import write_report
+from fedloom.simulations.runs import SUMMARY_FILE, Member, members, read_run
+from fedloom.simulations.world import base_model
+from fedloom.strategies.base import Scaling
+from fedloom.strategies.registry import build
+
+NO_GLOBAL_MODEL = {"local"}
+
+
+def finish(config: RunConfig, out: Path) -> dict[str, str]:
+    """Write the report and, where the recipe's strategy has a global model, its adapter; return what lies where."""
+    written = {"summary": str(out / SUMMARY_FILE), "report": str(write_report(out))}
+    if _chosen(config, out, "").config.strategy.name not in NO_GLOBAL_MODEL:
+        written["adapter"] = str(export_run(out, merged=False, force=True))
+    return written
+
+
+def export_run(out: Path, *, merged: bool, to: Path | None = None, label: str = "", force: bool = False) -> Path:
+    """Write a run's global model into a folder and return it.
+
+    Raises:
+        ValueError: when there is no finished run, no such member, no global model, or the folder is not empty.
+    """
+    member = _chosen(read_run(out), out, label)
+    config = member.config
+    checkpoint, _ = latest_checkpoint(member.folder / CHECKPOINTS)
+    if checkpoint is None:
+        raise ValueError(f"{member.folder} has no checkpoint to export")
+    strategy = build(
+        config.strategy.name, config.strategy.options, Scaling(alpha=config.lora.alpha, rslora=config.lora.rslora)
+    )
+    payload = strategy.adapter(checkpoint.state)
+    folder = to or out / ("merged" if merged else "adapter")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ValueError(f"{folder} must be empty, got a folder with files: give --force to replace it")
+    resident = load_model(base_model(config), config.lora, seed=config.seed)
+    if resident.spec.base_hash != checkpoint.spec.base_hash:
+        raise ValueError(
+            f"the patch is for base {checkpoint.spec.base_hash[:12]}, "
+            f"{config.model.path!r} now is {resident.spec.base_hash[:12]}"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    (export_merged if merged else export_peft)(payload, resident, folder)
+    return folder
+
+
+def _chosen(config: RunConfig, out: Path, label: str) -> Member:
+    """The member with a label; without one, the member that runs the recipe's own strategy, or else the first."""
+    everyone = members(config, out)
+    if label:
+        for member in everyone:
+            if member.label == label:
+                return member
+        raise ValueError(f"no member {label!r} in {out}, it has {', '.join(m.label for m in everyone)}")
+    own = [member for member in everyone if member.config.strategy.name == config.strategy.name]
+    return (own or everyone)[0]

@@ -1,0 +1,160 @@
+"""`fedloom ...`: parses, wires the rooms together, prints. A mistake in the input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="fedloom",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Fine-tune one language model across many devices whose data never leaves them.\n\n"
+        "Start with `fedloom run quick` (a minute), then `fedloom recipes` and `fedloom strategies`."
+    ),
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+
+
+def _console() -> Console:
+    return Console(stderr=False)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file (.toml), or the name of an embedded one.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results. [default: runs/RECIPE]")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.lr=0.01.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start the run in the folder over.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe on pretend devices, all on this machine.
+
+    Ends with a table, an HTML report and, for the strategy the recipe names, a PEFT adapter. A run that was cut short
+    goes on with `--resume` from its last finished round, to the same result.
+
+    Examples: `fedloom run quick`, `fedloom run demo --out runs/demo`,
+    `fedloom run my.toml --set strategy.name=flora --set server.rounds=20`.
+    """
+    from fedloom.cli.finish import finish
+    from fedloom.cli.progress import Board
+    from fedloom.cli.tables import show_summary
+    from fedloom.protocols.config import read_recipe
+    from fedloom.simulations.cookbook import find_recipe
+    from fedloom.simulations.runs import run_recipe
+
+    path = find_recipe(recipe)
+    config = read_recipe(path, set_ or [])
+    folder = out or Path("runs") / path.stem
+    console = Console(stderr=True) if as_json else _console()
+    with Board(console) as board:
+        summary = run_recipe(config, folder, resume=resume, force=force, watch=board.watch)
+    written = finish(config, folder)
+    if as_json:
+        print(json.dumps(summary | {"files": written}, indent=1))
+        return
+    show_summary(console, summary)
+    for what, where in written.items():
+        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def strategies(
+    name: Annotated[str | None, typer.Argument(help="Show this strategy's options.")] = None, as_json: AsJson = False
+) -> None:
+    """How updates can merge: one line each, or one strategy's options."""
+    from fedloom.cli.tables import show_or_json
+    from fedloom.strategies import registry
+
+    if name is None:
+        show_or_json(_console(), as_json, "Strategies", ("name", "what it does"), registry.describe())
+    else:
+        rows = [(option, str(default), doc) for option, default, doc in registry.options(name)]
+        show_or_json(_console(), as_json, f"[strategy] name = {name!r}", ("option", "default", "meaning"), rows)
+
+
+@app.command()
+def tuners(as_json: AsJson = False) -> None:
+    """How a device can learn: one line each."""
+    from fedloom.cli.tables import show_or_json
+    from fedloom.client import tuners as registry
+
+    show_or_json(_console(), as_json, "Tuners", ("name", "what it does"), registry.describe())
+
+
+@app.command()
+def recipes(
+    reference: Annotated[bool, typer.Option("--reference", help="Print every recipe key, as Markdown.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The embedded recipes: one line each. With --reference, every key a recipe can set."""
+    from fedloom.cli.reference import recipe_reference
+    from fedloom.cli.tables import show_or_json
+    from fedloom.simulations.cookbook import recipes as embedded
+
+    if reference:
+        print(recipe_reference(), end="")
+    else:
+        show_or_json(_console(), as_json, "Recipes", ("name", "what it shows"), embedded())
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    format: Annotated[ExportFormat, typer.Option(help="A PEFT adapter, or the whole model with it merged.")] = (
+        ExportFormat.PEFT
+    ),
+    to: Annotated[Path | None, typer.Option(help="Folder to write. [default: RUN_DIR/adapter or /merged]")] = None,
+    member: Annotated[str, typer.Option(help="Which line of a comparison. [default: the recipe's strategy]")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace what the folder holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's global model in a form that `peft` or `transformers` loads."""
+    from fedloom.cli.finish import export_run
+
+    folder = export_run(run_dir, merged=format == ExportFormat.MERGED, to=to, label=member, force=force)
+    print(json.dumps({"format": format.value, "folder": str(folder)}) if as_json else folder)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Draw a run's report.html and plots again."""
+    from fedloom.simulations.report import write_report
+
+    print(write_report(run_dir))
+
+
+def main() -> None:
+    """The console script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    try:
+        app()
+    except ValueError as error:
+        print(f"fedloom: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("fedloom: interrupted; `fedloom run ... --resume` goes on from the last finished round", file=sys.stderr)
+        raise SystemExit(130) from None

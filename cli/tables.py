@@ -1,0 +1,62 @@
+"""Tables for people, the same rows as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def human_bytes(count: float) -> str:
+    """`1.2 MB`: three digits at most, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is a name."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, style="bold" if index == 0 else "")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_or_json(
+    console: Console, as_json: bool, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """A table, or with `as_json` a list of objects keyed by the columns."""
+    if as_json:
+        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=1))
+    else:
+        show(console, title, columns, rows)
+
+
+def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """The table that ends a run."""
+    metric = str(summary["metric"]).replace("_", " ")
+    columns = ("strategy", f"{metric} before", "after", "95% interval", "loss", "up", "down", "seconds", "peak memory")
+    rows = []
+    for entry in summary["strategies"]:
+        low, high = entry["ci95"]
+        rows.append(
+            (
+                entry["name"],
+                f"{entry['before']:.3f}",
+                f"{entry['after']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{entry['loss_before']:.2f} → {entry['loss_after']:.2f}",
+                f"{human_bytes(entry['bytes_up'])}\n{human_bytes(entry['bytes_up_per_device'])} each",
+                f"{human_bytes(entry['bytes_down'])}\n{human_bytes(entry['bytes_down_per_device'])} each",
+                f"{entry['seconds']:.0f}",
+                f"{entry['peak_rss_mb']:.0f} MB",
+            )
+        )
+    show(console, f"{summary['name']}: {summary['devices']} devices, {summary['rounds']} rounds", columns, rows)

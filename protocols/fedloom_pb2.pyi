@@ -1,0 +1,259 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_FP32: _ClassVar[Dtype]
+    DTYPE_FP16: _ClassVar[Dtype]
+    DTYPE_BF16: _ClassVar[Dtype]
+    DTYPE_INT8: _ClassVar[Dtype]
+
+class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KIND_UNSPECIFIED: _ClassVar[Kind]
+    KIND_TRAIN: _ClassVar[Kind]
+    KIND_EVALUATE: _ClassVar[Kind]
+
+class Start(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    START_UNSPECIFIED: _ClassVar[Start]
+    START_FRESH: _ClassVar[Start]
+    START_PATCH: _ClassVar[Start]
+    START_GIVEN: _ClassVar[Start]
+    START_OWN: _ClassVar[Start]
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_FP32: Dtype
+DTYPE_FP16: Dtype
+DTYPE_BF16: Dtype
+DTYPE_INT8: Dtype
+KIND_UNSPECIFIED: Kind
+KIND_TRAIN: Kind
+KIND_EVALUATE: Kind
+START_UNSPECIFIED: Start
+START_FRESH: Start
+START_PATCH: Start
+START_GIVEN: Start
+START_OWN: Start
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    dtype: Dtype
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class LowRank(_message.Message):
+    __slots__ = ("name", "rank", "alpha", "rslora", "b", "a")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    RSLORA_FIELD_NUMBER: _ClassVar[int]
+    B_FIELD_NUMBER: _ClassVar[int]
+    A_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rank: int
+    alpha: float
+    rslora: bool
+    b: Tensor
+    a: Tensor
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., rslora: _Optional[bool] = ..., b: _Optional[_Union[Tensor, _Mapping]] = ..., a: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Dense(_message.Message):
+    __slots__ = ("name", "tensor")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tensor: Tensor
+    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Payload(_message.Message):
+    __slots__ = ("factors", "dense", "data_bytes", "data_crc32")
+    FACTORS_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    DATA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_CRC32_FIELD_NUMBER: _ClassVar[int]
+    factors: _containers.RepeatedCompositeFieldContainer[LowRank]
+    dense: _containers.RepeatedCompositeFieldContainer[Dense]
+    data_bytes: int
+    data_crc32: int
+    def __init__(self, factors: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[Dense, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., data_crc32: _Optional[int] = ...) -> None: ...
+
+class Patch(_message.Message):
+    __slots__ = ("base_hash", "since", "version", "payload")
+    BASE_HASH_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    base_hash: str
+    since: int
+    version: int
+    payload: Payload
+    def __init__(self, base_hash: _Optional[str] = ..., since: _Optional[int] = ..., version: _Optional[int] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+
+class Knob(_message.Message):
+    __slots__ = ("name", "integer", "real", "text", "flag")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    REAL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    FLAG_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    integer: int
+    real: float
+    text: str
+    flag: bool
+    def __init__(self, name: _Optional[str] = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., flag: _Optional[bool] = ...) -> None: ...
+
+class Metric(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class Task(_message.Message):
+    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    START_FROM_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TUNER_FIELD_NUMBER: _ClassVar[int]
+    RSLORA_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_A_FIELD_NUMBER: _ClassVar[int]
+    SEND_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    PATCH_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STATE_ROUND_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    KNOBS_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    round: int
+    rank: int
+    alpha: float
+    start_from: Start
+    kind: Kind
+    tuner: str
+    rslora: bool
+    train_a: bool
+    send: bool
+    start: Payload
+    patch: Patch
+    run: str
+    nonce: int
+    seed: int
+    state_round: int
+    wire: Dtype
+    knobs: _containers.RepeatedCompositeFieldContainer[Knob]
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ...) -> None: ...
+
+class Cost(_message.Message):
+    __slots__ = ("seconds", "peak_rss_bytes")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    peak_rss_bytes: int
+    def __init__(self, seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ...) -> None: ...
+
+class Update(_message.Message):
+    __slots__ = ("device", "round", "examples", "kind", "run", "nonce", "metrics", "cost", "payload")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    round: int
+    examples: int
+    kind: Kind
+    run: str
+    nonce: int
+    metrics: _containers.RepeatedCompositeFieldContainer[Metric]
+    cost: Cost
+    payload: Payload
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., kind: _Optional[_Union[Kind, str]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+
+class DeviceReport(_message.Message):
+    __slots__ = ("device", "examples", "rank", "version", "state_round", "capabilities", "software")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_ROUND_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    examples: int
+    rank: int
+    version: int
+    state_round: int
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    software: str
+    def __init__(self, device: _Optional[str] = ..., examples: _Optional[int] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., state_round: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ...) -> None: ...
+
+class Matrix(_message.Message):
+    __slots__ = ("name", "d_out", "d_in", "kind")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    D_OUT_FIELD_NUMBER: _ClassVar[int]
+    D_IN_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    d_out: int
+    d_in: int
+    kind: str
+    def __init__(self, name: _Optional[str] = ..., d_out: _Optional[int] = ..., d_in: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
+
+class DenseShape(_message.Message):
+    __slots__ = ("name", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ModelSpec(_message.Message):
+    __slots__ = ("base_hash", "matrices", "dense")
+    BASE_HASH_FIELD_NUMBER: _ClassVar[int]
+    MATRICES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    base_hash: str
+    matrices: _containers.RepeatedCompositeFieldContainer[Matrix]
+    dense: _containers.RepeatedCompositeFieldContainer[DenseShape]
+    def __init__(self, base_hash: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[Matrix, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("report", "spec")
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    report: DeviceReport
+    spec: ModelSpec
+    def __init__(self, report: _Optional[_Union[DeviceReport, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("device", "round", "reason", "version")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    round: int
+    reason: str
+    version: int
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...

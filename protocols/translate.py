@@ -1,0 +1,233 @@
+"""Each message as its record of fedloom.proto, and back: every field of messages.py by name, once in each direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Final, Protocol, TypeVar
+
+from fedloom.protocols import fedloom_pb2 as pb
+from fedloom.protocols import validate
+from fedloom.protocols.framing import Buffer
+from fedloom.protocols.messages import (
+    Cost,
+    DeviceReport,
+    Hello,
+    Kind,
+    MatrixSpec,
+    ModelSpec,
+    Patch,
+    Payload,
+    Refusal,
+    Start,
+    Task,
+    Update,
+)
+from fedloom.protocols.tensors import DTYPES, PackedPayload, unpack_payload, wire_name
+
+Pack = Callable[[Payload], PackedPayload]
+Data = tuple[Buffer, ...]
+
+_KINDS: Final = {Kind.TRAIN: pb.KIND_TRAIN, Kind.EVALUATE: pb.KIND_EVALUATE}
+_STARTS: Final = {
+    Start.FRESH: pb.START_FRESH,
+    Start.PATCH: pb.START_PATCH,
+    Start.GIVEN: pb.START_GIVEN,
+    Start.OWN: pb.START_OWN,
+}
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class _Named(Protocol):
+    name: str
+
+
+E = TypeVar("E", bound=_Named)
+
+
+def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
+    """A task's record and its tensor data: the start's, then the patch's."""
+    start = pack(task.start)
+    record, data = (
+        pb.Task(
+            device=task.device,
+            round=task.round,
+            rank=task.rank,
+            alpha=task.alpha,
+            start_from=_STARTS[task.start_from],
+            kind=_KINDS[task.kind],
+            tuner=task.tuner,
+            rslora=task.rslora,
+            train_a=task.train_a,
+            send=task.send,
+            start=start.header,
+            run=task.run,
+            nonce=task.nonce,
+            seed=task.seed,
+            state_round=task.state_round,
+            wire=DTYPES[task.wire],
+            knobs=[_knob(name, value) for name, value in task.knobs.items()],
+        ),
+        start.data,
+    )
+    if task.patch is not None:
+        patch = pack(task.patch.payload)
+        record.patch.base_hash = task.patch.base_hash
+        record.patch.since = task.patch.since
+        record.patch.version = task.patch.version
+        record.patch.payload.CopyFrom(patch.header)
+        data += patch.data
+    return record, data
+
+
+def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
+    """The task of a record, and the tensor data that it leaves."""
+    start, data = unpack_payload(record.start, data, "task.start")
+    patch = None
+    if record.HasField("patch"):
+        payload, data = unpack_payload(record.patch.payload, data, "task.patch.payload")
+        patch = Patch(
+            base_hash=record.patch.base_hash, since=record.patch.since, version=record.patch.version, payload=payload
+        )
+    task = Task(
+        device=record.device,
+        round=record.round,
+        rank=record.rank,
+        alpha=record.alpha,
+        start_from=_member(_STARTS, record.start_from, "task.start_from"),
+        kind=_member(_KINDS, record.kind, "task.kind"),
+        tuner=record.tuner,
+        rslora=record.rslora,
+        train_a=record.train_a,
+        send=record.send,
+        start=start,
+        patch=patch,
+        run=record.run,
+        nonce=record.nonce,
+        seed=record.seed,
+        state_round=record.state_round,
+        wire=wire_name(record.wire, "task.wire"),
+        knobs=_table("task.knobs", record.knobs, _knob_value),
+    )
+    return task, data
+
+
+def write_update(update: Update, pack: Pack) -> tuple[pb.Update, Data]:
+    """An update's record and its tensor data."""
+    payload = pack(update.payload)
+    record = pb.Update(
+        device=update.device,
+        round=update.round,
+        examples=update.examples,
+        kind=_KINDS[update.kind],
+        run=update.run,
+        nonce=update.nonce,
+        metrics=[pb.Metric(name=name, value=value) for name, value in update.metrics.items()],
+        cost=pb.Cost(seconds=update.cost.seconds, peak_rss_bytes=update.cost.peak_rss_bytes),
+        payload=payload.header,
+    )
+    return record, payload.data
+
+
+def read_update(record: pb.Update, data: memoryview) -> tuple[Update, memoryview]:
+    """The update of a record, and the tensor data that it leaves."""
+    payload, data = unpack_payload(record.payload, data, "update.payload")
+    update = Update(
+        device=record.device,
+        round=record.round,
+        examples=record.examples,
+        kind=_member(_KINDS, record.kind, "update.kind"),
+        run=record.run,
+        nonce=record.nonce,
+        metrics=_table("update.metrics", record.metrics, lambda metric: metric.value),
+        cost=Cost(seconds=record.cost.seconds, peak_rss_bytes=record.cost.peak_rss_bytes),
+        payload=payload,
+    )
+    return update, data
+
+
+def write_hello(hello: Hello, pack: Pack) -> tuple[pb.Hello, Data]:
+    """A greeting's record; it has no tensor data."""
+    report, spec = hello.report, hello.spec
+    record = pb.Hello(
+        report=pb.DeviceReport(
+            device=report.device,
+            examples=report.examples,
+            rank=report.rank,
+            version=report.version,
+            state_round=report.state_round,
+            capabilities=report.capabilities,
+            software=report.software,
+        ),
+        spec=pb.ModelSpec(
+            base_hash=spec.base_hash,
+            matrices=[
+                pb.Matrix(name=name, d_out=matrix.d_out, d_in=matrix.d_in, kind=matrix.kind)
+                for name, matrix in spec.matrices.items()
+            ],
+            dense=[pb.DenseShape(name=name, shape=shape) for name, shape in spec.dense.items()],
+        ),
+    )
+    return record, ()
+
+
+def read_hello(record: pb.Hello, data: memoryview) -> tuple[Hello, memoryview]:
+    """The greeting of a record, and the data that it leaves: all of it."""
+    report = DeviceReport(
+        device=record.report.device,
+        examples=record.report.examples,
+        rank=record.report.rank,
+        version=record.report.version,
+        state_round=record.report.state_round,
+        capabilities=tuple(record.report.capabilities),
+        software=record.report.software,
+    )
+    spec = ModelSpec(
+        base_hash=record.spec.base_hash,
+        matrices=_table(
+            "spec.matrices", record.spec.matrices, lambda m: MatrixSpec(d_out=m.d_out, d_in=m.d_in, kind=m.kind)
+        ),
+        dense=_table("spec.dense", record.spec.dense, lambda entry: tuple(entry.shape)),
+    )
+    return Hello(report=report, spec=spec), data
+
+
+def write_refusal(refusal: Refusal, pack: Pack) -> tuple[pb.Refusal, Data]:
+    """A refusal's record; it has no tensor data."""
+    record = pb.Refusal(device=refusal.device, round=refusal.round, reason=refusal.reason, version=refusal.version)
+    return record, ()
+
+
+def read_refusal(record: pb.Refusal, data: memoryview) -> tuple[Refusal, memoryview]:
+    """The refusal of a record, and the data that it leaves: all of it."""
+    refusal = Refusal(device=record.device, round=record.round, reason=record.reason, version=record.version)
+    return refusal, data
+
+
+def _knob(name: str, value: float | int | str) -> pb.Knob:
+    if isinstance(value, bool):
+        return pb.Knob(name=name, flag=value)
+    if isinstance(value, int):
+        return pb.Knob(name=name, integer=value)
+    return pb.Knob(name=name, text=value) if isinstance(value, str) else pb.Knob(name=name, real=value)
+
+
+def _knob_value(knob: pb.Knob) -> float | int | str:
+    chosen = knob.WhichOneof("value")
+    if chosen is None:
+        raise ValueError(f"knob {knob.name!r} must have a value")
+    value: float | int | str = getattr(knob, chosen)
+    return value
+
+
+def _member(members: dict[K, Any], number: int, where: str) -> K:
+    for member, known in members.items():
+        if known == number:
+            return member
+    raise ValueError(f"{where} must be one of {', '.join(map(str, members))}, got number {number}")
+
+
+def _table(where: str, entries: Collection[E], value: Callable[[E], V]) -> dict[str, V]:
+    validate.names(where, (entry.name for entry in entries), len(entries))
+    return {entry.name: value(entry) for entry in entries}

@@ -1,0 +1,57 @@
+"""The ServerApp: Flower starts it, a `prepare` function tells it what to run, the round loop does the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedloom.protocols.config import RunConfig
+from fedloom.server.courier import Courier
+from fedloom.server.loop import Coordinator, Outcome, Watcher
+from fedloom.strategies.base import Scaling
+from fedloom.strategies.registry import build
+
+log = logging.getLogger("fedloom.server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one ServerApp is to run, and where it leaves its files."""
+
+    config: RunConfig
+    out: Path
+    run: str
+    resume: bool = False
+
+
+def coordinate(grid: Grid, plan: Plan, watcher: Watcher | None = None) -> Outcome:
+    """Drive a plan over any grid.
+
+    Raises:
+        ValueError: for an unknown strategy or option, or whatever the round loop refuses.
+    """
+    config = plan.config
+    scaling = Scaling(alpha=config.lora.alpha, rslora=config.lora.rslora)
+    strategy = build(config.strategy.name, config.strategy.options, scaling)
+    courier = Courier(grid, timeout=config.server.timeout)
+    return Coordinator(courier, config, strategy, plan.out, run=plan.run).go(resume=plan.resume, watcher=watcher)
+
+
+def server_app(prepare: Callable[[Context], Plan]) -> ServerApp:
+    """A ServerApp that runs what `prepare` makes of Flower's context."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        plan = prepare(context)
+        outcome = coordinate(grid, plan)
+        log.info("run %s ended at round %d in %s", plan.run, plan.config.server.rounds, plan.out)
+        if outcome.history:
+            log.info("last evaluation: %s", outcome.history[-1].get("evaluation"))
+
+    return app
