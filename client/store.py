@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedloom.client.patching import BASE
 from fedloom.protocols.messages import Array, LowRank, ModelSpec, Patch, Payload
 from fedloom.strategies.lowrank import add
 
 WARM_ROWS = 64
 PATCHES_KEPT = 8  # versions kept below the newest
 STATES_KEPT = 2
+CACHED = 2  # patches in memory, shared by the devices of a process
 
 
 class StaleVersion(ValueError):  # noqa: N818 - a refusal, named for what the server does about it
@@ -44,7 +47,10 @@ class Held:
     version: int
     payload: Payload = field(default_factory=Payload)
     warm: Mapping[str, Array] = field(default_factory=dict)  # module: [up to WARM_ROWS, d_in]
+    key: Hashable = BASE  # the same key means the same content
 
+
+_cache: OrderedDict[Hashable, Held] = OrderedDict()
 
 class DeviceStore:
     """One device's files."""
@@ -52,7 +58,6 @@ class DeviceStore:
     def __init__(self, patch_dir: Path, state_dir: Path) -> None:
         """The folders are made when something is first written."""
         self.patch_dir, self.state_dir = Path(patch_dir), Path(state_dir)
-        self._latest: tuple[str, Held] | None = None  # the patch in memory and its run
 
     def take(self, patch: Patch | None, spec: ModelSpec, run: str) -> Held:
         """The version that a task asks for, added up and written down if it is new. No patch means the base itself.
@@ -67,13 +72,19 @@ class DeviceStore:
             raise ValueError(
                 f"the patch must be for this device's base {spec.base_hash[:12]}, got one for {patch.base_hash[:12]}"
             )
-        if patch.version == 0 and not patch.payload:
+        if patch.version == 0:
             return Held(version=0)
-        held = self._load(patch.version, run)
+        try:
+            held = self._load(patch.version, run)
+        except ValueError:
+            if patch.since:
+                raise
+            held = None  # a whole patch heals a corrupted file
         if held is None:
-            held = self._advance(patch, spec, run)
-            self._write_patch(held, spec, run)
-        self._latest = (run, held)
+            self._write_patch(self._advance(patch, spec, run), spec, run)
+            held = self._load(patch.version, run)
+        if held is None:
+            raise ValueError(f"{self._patch_path(patch.version)} must be there once written, got nothing")
         return held
 
     def newest_version(self, run: str | None = None) -> int:
@@ -117,13 +128,21 @@ class DeviceStore:
         return Held(version=patch.version, payload=add(patch.payload, older.payload, spec), warm=warm)
 
     def _load(self, version: int, run: str) -> Held | None:
-        if self._latest is not None and self._latest[0] == run and self._latest[1].version == version:
-            return self._latest[1]
         path = self._patch_path(version)
-        if not path.exists():
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
             return None
-        payload, warm, meta = _read(path)
-        return Held(version=version, payload=payload, warm=warm) if meta["run"] == run else None
+        key = (str(path), run, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if key not in _cache:
+            payload, warm, meta = _read(path)
+            if meta["run"] != run:
+                return None
+            _cache[key] = Held(version=version, payload=payload, warm=warm, key=key)
+            while len(_cache) > CACHED:
+                _cache.popitem(last=False)
+        _cache.move_to_end(key)
+        return _cache[key]
 
     def _write_patch(self, held: Held, spec: ModelSpec, run: str) -> None:
         meta = {"run": run, "version": held.version, "base_hash": spec.base_hash}

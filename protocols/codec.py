@@ -26,8 +26,8 @@ from fedloom.protocols.seeds import derive_seed
 from fedloom.protocols.tensors import PackedPayload, pack_payload
 
 Message = Task | Update | Hello | Refusal
-T = TypeVar("T", Task, Update, Hello, Refusal)
-A = TypeVar("A", bound=Message)
+T = TypeVar("T", bound=Message)
+U = TypeVar("U", bound=Message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +92,19 @@ def decode(frame: bytes, expect: type[T], *, limit: int) -> T:
     return result
 
 
-def decode_answer(frame: bytes, expect: tuple[type[Message], ...], *, limit: int) -> Any:
-    """The message of a frame that may hold any of `expect`, as in `decode`."""
-    kind = kind_of(frame)
-    for candidate in expect:
-        if _NAMES.index(candidate.__name__) == kind:
-            return decode(frame, candidate, limit=limit)
-    return decode(frame, expect[0], limit=limit)
+def decode_answer(frame: bytes, expect: tuple[type[T], type[U]], *, limit: int) -> T | U:
+    """The message of a frame that may hold either of `expect`, as in `decode`."""
+    first, second = expect
+    if kind_of(frame) == _NAMES.index(second.__name__):
+        return decode(frame, second, limit=limit)
+    return decode(frame, first, limit=limit)
 
 
 class TaskEncoder:
     """Encodes the tasks of one round, each payload object only once, however many tasks carry it.
 
-    Payloads are told apart by identity and must not change meanwhile. The data of the `keep` most recently used ones stays
-    in memory, so a patch that all devices share is kept while each device's own start comes and goes.
+    Payloads are told apart by identity and must not change meanwhile. The data of the `keep` most recently used ones
+    stays in memory, so a patch that all devices share is kept while each device's own start comes and goes.
     """
 
     def __init__(self, wire: str = "fp32", *, seed: int = 0, keep: int = 4) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OUTPUTS = ("fedloom_pb2.py", "fedloom_pb2.pyi")
+_STUB_HEADER = '# mypy: disable-error-code="type-arg"\n'  # protoc writes a bare Mapping
 
 
 def generate() -> dict[str, str]:
@@ -34,7 +35,8 @@ def generate() -> dict[str, str]:
         if done.returncode != 0:
             raise RuntimeError(f"protoc must accept fedloom.proto, got: {done.stderr.strip()}")
         made = Path(folder, "fedloom", "protocols")
-        return {name: (made / name).read_text(encoding="utf-8") for name in OUTPUTS}
+        texts = {name: (made / name).read_text(encoding="utf-8") for name in OUTPUTS}
+    return {name: _STUB_HEADER + text if name.endswith(".pyi") else text for name, text in texts.items()}
 
 
 def stale(fresh: dict[str, str], folder: Path = HERE) -> list[str]:

@@ -140,6 +140,7 @@ class Task:
     tuner: str = "lora"
     rslora: bool = False
     train_a: bool = True  # False: A is frozen (FFA-LoRA)
+    shared_a_seed: int | None = None  # set: A is initial_a(this seed, ...) on both sides and travels as a [r, 0]
     send: bool = True  # False: the adapter stays on the device (local-only)
     start: Payload = field(default_factory=Payload)
     patch: Patch | None = None  # None: the device stays on the version it holds

@@ -3,11 +3,11 @@
     fp32   as it is; decoding gives a read-only view of the received bytes
     fp16   IEEE half, round to nearest even; refuses values beyond 65504
     bf16   the upper half of a float32, round to nearest even
-    int8   x ~ q * s, one fp32 scale s = max |x| / 127 a slice, q = floor(x / s) + [u < frac(x / s)], u uniform in [0, 1)
+    int8   x ~ q * s: one fp32 scale s = max |x| / 127 a slice, q = floor(x / s) + [u < frac(x / s)], u from U[0, 1)
 
 Stochastic rounding makes int8 unbiased, E[q * s] = x (QSGD, Alistarh et al. 2017, with the max norm), so that errors of
-many devices average out. u is a Philox stream keyed by the message's seed and the tensor's name: the same seed gives the
-same bytes, and devices or rounds with different seeds round independently.
+many devices average out. u is a Philox stream keyed by a seed and the tensor's name: the same seed gives the same
+bytes, and devices or rounds with different seeds round independently.
 
 All encoders take any float dtype and shape, and raise ValueError for values that the wire cannot hold.
 """
@@ -32,7 +32,7 @@ _LARGEST: Final = {
     "fp32": float(np.finfo(np.float32).max),
     "fp16": 65504.0,
     "bf16": float.fromhex("0x1.fep127"),
-    "int8": 127 * 2.0**120,
+    "int8": 126 * 2.0**120,
 }
 _SMALLEST_SCALE = np.float32(2.0**-126)  # below it division loses bits; such values round to one step, still unbiased
 _LARGEST_SCALE = np.float32(2.0**120)  # 127 steps of it are a finite float32

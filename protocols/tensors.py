@@ -1,13 +1,15 @@
 """A payload as a description and tensor data, and back.
 
-Legend: r rank; b [d_out, r], a [r, d_in]. int8 keeps one scale for each of the r rank-one terms of a factor (a column of b,
-a row of a), because it is these that differ in size; a dense tensor keeps one for each row, a vector one in all.
+Legend: r rank; b [d_out, r], a [r, d_in]. int8 keeps one scale for each of the r rank-one terms of a factor (a column
+of b, a row of a), because it is these that differ in size; a dense tensor keeps one for each row, a vector one in all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
 
 from fedloom.protocols import fedloom_pb2 as pb
 from fedloom.protocols import validate
@@ -16,7 +18,6 @@ from fedloom.protocols.messages import Array, LowRank, Payload
 from fedloom.protocols.quantize import Float32, known_wire, load, store, stored_bytes
 
 DTYPES: Final = {"fp32": pb.DTYPE_FP32, "fp16": pb.DTYPE_FP16, "bf16": pb.DTYPE_BF16, "int8": pb.DTYPE_INT8}
-_WIRES: Final = {dtype: wire for wire, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class PackedPayload:
 
 def wire_name(dtype: int, where: str) -> str:
     """The name of a dtype of fedloom.proto; ValueError for one that it does not have."""
-    if dtype not in _WIRES:
-        raise ValueError(f"dtype of {where} must be one of {', '.join(DTYPES)}, got number {dtype}")
-    return _WIRES[pb.Dtype.ValueType(dtype)]
+    for wire, known in DTYPES.items():
+        if known == dtype:
+            return wire
+    raise ValueError(f"dtype of {where} must be one of {', '.join(DTYPES)}, got number {dtype}")
 
 
 def pack_payload(payload: Payload, wire: str, seed: int) -> PackedPayload:
@@ -51,12 +53,12 @@ def pack_payload(payload: Payload, wire: str, seed: int) -> PackedPayload:
 
     def add(tensor: Array, axis: int | None, label: str) -> pb.Tensor:
         for stored in store(tensor, wire, axis=axis, label=label, seed=seed):
-            data.append(memoryview(stored).cast("B"))
+            data.append(stored.reshape(-1).view(np.uint8).data)
         data.append(padding(stored_bytes(wire, tensor.shape, axis)))
         return pb.Tensor(dtype=DTYPES[wire], shape=tensor.shape)
 
     for name, factor in payload.factors.items():
-        described = header.factors.add(name=name, rank=factor.rank, alpha=factor.alpha, rslora=bool(factor.rslora))
+        described = header.factors.add(name=name, rank=factor.rank, alpha=factor.alpha, rslora=factor.rslora)
         described.b.CopyFrom(add(factor.b, 1, f"b of {name!r}"))
         described.a.CopyFrom(add(factor.a, 0, f"a of {name!r}"))
     for name, tensor in payload.dense.items():

@@ -83,9 +83,11 @@ def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
 
 def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
     """The task of a record, and the tensor data that it leaves."""
+    _present("task", record, "start")
     start, data = unpack_payload(record.start, data, "task.start")
     patch = None
     if record.HasField("patch"):
+        _present("task.patch", record.patch, "payload")
         payload, data = unpack_payload(record.patch.payload, data, "task.patch.payload")
         patch = Patch(
             base_hash=record.patch.base_hash, since=record.patch.since, version=record.patch.version, payload=payload
@@ -132,6 +134,7 @@ def write_update(update: Update, pack: Pack) -> tuple[pb.Update, Data]:
 
 def read_update(record: pb.Update, data: memoryview) -> tuple[Update, memoryview]:
     """The update of a record, and the tensor data that it leaves."""
+    _present("update", record, "cost", "payload")
     payload, data = unpack_payload(record.payload, data, "update.payload")
     update = Update(
         device=record.device,
@@ -174,6 +177,7 @@ def write_hello(hello: Hello, pack: Pack) -> tuple[pb.Hello, Data]:
 
 def read_hello(record: pb.Hello, data: memoryview) -> tuple[Hello, memoryview]:
     """The greeting of a record, and the data that it leaves: all of it."""
+    _present("hello", record, "report", "spec")
     report = DeviceReport(
         device=record.report.device,
         examples=record.report.examples,
@@ -219,6 +223,12 @@ def _knob_value(knob: pb.Knob) -> float | int | str:
         raise ValueError(f"knob {knob.name!r} must have a value")
     value: float | int | str = getattr(knob, chosen)
     return value
+
+
+def _present(where: str, record: Any, *fields: str) -> None:
+    for field in fields:
+        if not record.HasField(field):
+            raise ValueError(f"{where} must carry its {field}")
 
 
 def _member(members: dict[K, Any], number: int, where: str) -> K:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from typing import Final
 
-from fedloom.protocols.messages import Hello, ModelSpec, Patch, Payload, Refusal, Task, Update
+from fedloom.protocols.messages import Hello, Kind, ModelSpec, Patch, Payload, Refusal, Start, Task, Update
 from fedloom.protocols.quantize import known_wire
 
 MAX_TEXT: Final = 1024
@@ -39,12 +40,22 @@ def real(where: str, value: object) -> None:
         raise ValueError(f"{where} must be a finite number, got {value!r}")
 
 
+def flag(where: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} must be True or False, got {value!r}")
+
+
+def one_of(where: str, value: object, members: type[StrEnum]) -> None:
+    """Raise ValueError unless `value` is one of `members`."""
+    if value not in list(members):
+        raise ValueError(f"{where} must be one of {', '.join(members)}, got {value!r}")
+
+
 def shape(where: str, dims: Sequence[int]) -> None:
     """Raise ValueError unless `dims` are 1..MAX_DIMS positive lengths."""
     if not 1 <= len(dims) <= MAX_DIMS or any(length < 1 for length in dims):
-        raise ValueError(
-            f"{where} must have 1..{MAX_DIMS} dimensions, each >= 1, got shape {list(dims)[: MAX_DIMS + 1]}"
-        )
+        raise ValueError(f"{where} must have 1..{MAX_DIMS} dimensions, each >= 1, got {list(dims[: MAX_DIMS + 1])}")
 
 
 def names(where: str, entries: Iterable[str], count: int) -> None:
@@ -67,6 +78,9 @@ def _payload(where: str, payload: Payload) -> None:
     names(f"{where}.dense", payload.dense, len(payload.dense))
     for name, factor in payload.factors.items():
         positive(f"alpha of {name!r}", factor.alpha)
+        flag(f"rslora of {name!r}", factor.rslora)
+        shape(f"b of {name!r}", factor.b.shape)
+        shape(f"a of {name!r}", factor.a.shape)
     for name, tensor in payload.dense.items():
         shape(f"dense {name!r}", tensor.shape)
 
@@ -104,6 +118,10 @@ def check_task(task: Task) -> None:
     """Raise ValueError on the first field of a task that breaks its bounds."""
     for where, value in (("device", task.device), ("tuner", task.tuner), ("run", task.run)):
         text(f"task.{where}", value)
+    one_of("task.kind", task.kind, Kind)
+    one_of("task.start_from", task.start_from, Start)
+    for where in ("rslora", "train_a", "send"):
+        flag(f"task.{where}", getattr(task, where))
     integer("task.round", task.round)
     integer("task.rank", task.rank, RANK_LIMIT)
     integer("task.state_round", task.state_round)
@@ -121,6 +139,7 @@ def check_update(update: Update) -> None:
     """Raise ValueError on the first field of an update that breaks its bounds."""
     text("update.device", update.device)
     text("update.run", update.run)
+    one_of("update.kind", update.kind, Kind)
     integer("update.round", update.round)
     integer("update.examples", update.examples)
     integer("update.nonce", update.nonce, SEED_LIMIT)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from fedloom.protocols.codec import TaskEncoder, decode_answer
 from fedloom.protocols.config import RunConfig
-from fedloom.protocols.messages import Hello, Kind, ModelSpec, Refusal, Task, Update
+from fedloom.protocols.messages import Hello, Kind, ModelSpec, Payload, Refusal, Task, Update
 from fedloom.protocols.seeds import derive_seed
 from fedloom.server.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from fedloom.server.courier import Courier, Parcel
@@ -209,7 +209,7 @@ class Coordinator:
                 self._ledger.refused += 1
                 log.warning("round %d: refused %s", task.round, problem)
             else:
-                seen.append(replace(update, payload=type(update.payload)()))
+                seen.append(replace(update, payload=Payload()))
                 self._note(task)
                 yield update
             self._watcher.answered(device=task.device, refused=problem)

@@ -21,7 +21,7 @@ def find_recipe(name: str) -> Path:
         ValueError: naming the nearest embedded recipe.
     """
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         return path
     embedded = RECIPES / f"{name}.toml"
     if not embedded.exists():

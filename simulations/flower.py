@@ -27,8 +27,10 @@ def _config(recipe: str, settings: str) -> RunConfig:
 
 
 @lru_cache(maxsize=1)
-def _world(recipe: str, settings: str, out: str) -> World:
-    return World(_config(recipe, settings), Path(out) / "devices")
+def _world(recipe: str, settings: str, out: str, devices: int) -> World:
+    config = _config(recipe, settings)
+    fleet = config.fleet.model_copy(update={"devices": devices})
+    return World(config.model_copy(update={"fleet": fleet}), Path(out) / "devices")
 
 
 def _asked(context: Context) -> tuple[str, str, str]:
@@ -43,7 +45,8 @@ def _prepare(context: Context) -> Plan:
 
 
 def _open_device(context: Context) -> Device:
-    return _world(*_asked(context)).device(int(context.node_config["partition-id"]))
+    node = context.node_config
+    return _world(*_asked(context), int(node["num-partitions"])).device(int(node["partition-id"]))
 
 
 server_app = make_server_app(_prepare)

@@ -39,8 +39,8 @@ class Strategy(Protocol):
     The server fills in what is not the strategy's business (run, nonce, seed, wire, training knobs) after `plan`.
     """
 
-    def init(self, spec: ModelSpec, seed: int) -> State:
-        """The state before the first round."""
+    def init(self, spec: ModelSpec, seed: int, devices: Sequence[DeviceReport] = ()) -> State:
+        """The state before the first round. `devices` is the whole fleet, for strategies that size a shared adapter by it."""
         ...
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:

@@ -6,7 +6,7 @@ from fedloom.simulations.household.functions import FUNCTIONS
 from fedloom.simulations.household.grammar import Example, Filling, Style, draw_request, quantity, render
 from fedloom.simulations.household.lexicon import GENERAL, pseudo_word
 
-INVENTED_SHARE = 0.4
+INVENTED_SHARE = 0.5
 
 
 def general_examples(count: int, seed: int) -> list[Example]:
@@ -26,15 +26,18 @@ def general_filling(slot: str, rng: random.Random) -> Filling:
     """An everyday word or quantity for a slot or, so that copying is learnt, invented words."""
     if slot not in GENERAL:
         return quantity(slot, rng)
-    if rng.random() >= INVENTED_SHARE:
-        word = rng.choice(GENERAL[slot])
-    else:
-        parts = [pseudo_word(rng)]
-        if rng.random() < 0.4:
-            # Half of the second words are everyday ones ("zorvel room"), so that copies may mix both.
-            parts.insert(rng.randrange(2), pseudo_word(rng) if rng.random() < 0.5 else rng.choice(_LOOSE_WORDS))
-        word = " ".join(parts)
+    word = _invented(slot, rng) if rng.random() < INVENTED_SHARE else rng.choice(GENERAL[slot])
     return word, word
+
+
+def _invented(slot: str, rng: random.Random) -> str:
+    """One or two words, for a message two to four; at least one is invented, the others mostly too."""
+    words = [pseudo_word(rng)]
+    more = rng.randrange(1, 4) if slot == "text" else rng.random() < 0.4
+    for _ in range(more):
+        other = pseudo_word(rng) if rng.random() < 0.6 else rng.choice(_LOOSE_WORDS)
+        words.insert(rng.randrange(len(words) + 1), other)
+    return " ".join(words)
 
 
 _LOOSE_WORDS = sorted({part for words in GENERAL.values() for phrase in words for part in phrase.split()})

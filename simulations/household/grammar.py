@@ -22,7 +22,8 @@ Speaker = Callable[[str, random.Random], Filling]
 
 _BEFORE = ("please", "could you", "can you", "hey", "ok", "would you please", "hi there ,", "quick ,")
 _AFTER = ("please", "thanks", "now", "for me", "if you can", "would you", "thank you")
-_DROPPABLE = frozenset({"the", "a", "an", "to", "in", "at", "for", "of", "is", "are", "that", "by"})
+# Not "in", "on" or "that": they part two slots, and without them nobody could tell where the first one ends.
+_DROPPABLE = frozenset({"the", "a", "an", "to", "at", "for", "of", "is", "are", "by"})
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "tomorrow")
 _COUNTS = ("one", "two", "three", "four", "five", "six")
 

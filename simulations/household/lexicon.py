@@ -46,7 +46,7 @@ GENERAL: Mapping[str, tuple[str, ...]] = {
     ),
     "text": (
         "dinner is ready", "running late", "on my way", "call me back", "happy birthday", "see you soon",
-        "good night", "the bus is late", "we are home", "feed the fish", "thank you", "open the window",
+        "good night", "the bus is late", "we are home", "feed the fish", "love you", "open the window",
     ),
 }  # fmt: skip
 
@@ -129,10 +129,10 @@ ALIASES: Mapping[str, Mapping[str, str | int]] = {
     "minutes": {"a jiffy": 5, "one song": 4, "a sitcom": 25, "half time": 45, "a blockbuster": 90},
 }  # fmt: skip
 
-_ONSETS = ("b", "br", "ch", "d", "dr", "f", "fl", "g", "gl", "h", "j", "k", "kr", "l", "m", "n", "p", "pl", "qu", "r",
-           "s", "sh", "sk", "st", "t", "th", "tr", "v", "w", "y", "z")  # fmt: skip
-_VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ee", "ie", "io", "oo", "ou")
-_CODAS = ("", "", "", "b", "ck", "d", "g", "l", "ll", "m", "n", "nd", "nt", "p", "r", "rn", "s", "sh", "st", "t", "x")
+_ONSETS = ("", "b", "br", "c", "ch", "d", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pl", "qu", "r", "s",
+           "sh", "st", "t", "th", "tr", "v", "w", "x", "y", "z")  # fmt: skip
+_VOWELS = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "ia", "io", "oo", "ou", "y")
+_CODAS = ("", "", "", "", "", "ck", "d", "g", "k", "l", "lm", "m", "n", "nd", "ng", "p", "r", "rn", "s", "sk", "t", "z")
 
 _RESERVED = frozenset(word for table in ALIASES.values() for surface in table for word in surface.split())
 
@@ -143,7 +143,7 @@ def pseudo_word(rng: random.Random) -> str:
     The base model meets thousands of them, each with itself as meaning, and so learns to copy what it never saw.
     """
     while True:
-        syllables = rng.choice((1, 2, 2))
+        syllables = rng.choice((1, 2, 2, 3))
         word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
         if len(word) > 2 and word not in _RESERVED:
             return word

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE, TOKENIZER_EXAMPLES, MAX_LENGTH = 1536, 20_000, 256
-STEPS, BATCH, WARMUP = 3200, 64, 150
+STEPS, BATCH, WARMUP = 3600, 64, 150
 BUCKET = 16  # batches drawn and sorted by length together
 PEAK_RATE, FINAL_SHARE = 2e-3, 0.02
 PROMPT_WEIGHT = 0.1

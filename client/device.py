@@ -1,0 +1,145 @@
+"""One device: its private examples, its limits and its store, around the process's resident model."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import torch
+
+from fedloom.client import tuners
+from fedloom.client.data import Dataset, Example
+from fedloom.client.evaluation import evaluate, nothing
+from fedloom.client.lora import check_rank
+from fedloom.client.memory import peak_rss, reset_peak
+from fedloom.client.model import Resident
+from fedloom.client.starting import starting_payload, starts_at_zero
+from fedloom.client.store import DeviceStore, Held
+from fedloom.protocols import config
+from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, Payload, Start, Task, Update
+
+
+class Device:
+    """Answers tasks; devices of one process take turns on its resident model, one task at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        resident: Resident,
+        train: Sequence[Example],
+        test: Sequence[Example],
+        store: DeviceStore,
+        rank: int,
+        data_config: config.Data,
+        eval_config: config.Evaluation,
+        limit: int = 512 * 2**20,
+    ) -> None:
+        """
+        Args:
+            rank: the largest adapter rank that this device trains.
+            limit: bytes; a larger message is refused before it is read.
+        """
+        self.name, self.limit = name, limit
+        self._resident, self._store, self._rank = resident, store, rank
+        self._examples = {Kind.TRAIN: train, Kind.EVALUATE: test}
+        self._data, self._evaluation = data_config, eval_config
+        self._datasets: dict[Kind, Dataset] = {}
+
+    def hello(self) -> Hello:
+        """Who this device is and which model it holds."""
+        report = DeviceReport(
+            device=self.name,
+            examples=len(self._examples[Kind.TRAIN]),
+            rank=self._rank,
+            version=self._store.newest_version(),
+            state_round=self._store.newest_state(),
+            software=f"fedloom {version('fedloom')}, torch {torch.__version__}, {platform.machine()}",
+        )
+        return Hello(report=report, spec=self._resident.spec)
+
+    def handle(self, task: Task) -> Update:
+        """Do a task: bring the model up to date, set the adapter, train or evaluate, and answer.
+
+        The same task gives the same answer, bit for bit, on one machine.
+
+        Raises:
+            StaleVersion: when the task's patch builds on a version that this device does not hold.
+            ValueError: for a task that is not for this device or beyond its limits, bad data, or training that diverged.
+        """
+        self._check(task)
+        reset_peak()
+        began = time.perf_counter()
+        held = self._store.take(task.patch, self._resident.spec, task.run)
+        own = self._store.load_state(task.state_round, task.run) if task.start_from is Start.OWN else None
+        if task.kind is Kind.EVALUATE:
+            metrics, payload = self._evaluate(task, held, own), Payload()
+        else:
+            metrics, payload = self._train(task, held, own)
+        return Update(
+            device=self.name,
+            round=task.round,
+            examples=len(self._examples[Kind.TRAIN]),
+            kind=task.kind,
+            run=task.run,
+            nonce=task.nonce,
+            metrics=metrics,
+            cost=Cost(seconds=time.perf_counter() - began, peak_rss_bytes=peak_rss()),
+            payload=payload,
+        )
+
+    def _check(self, task: Task) -> None:
+        if task.device != self.name:
+            raise ValueError(f"a task must be for device {self.name!r}, got one for {task.device!r}")
+        if task.rank > self._rank and task.kind is Kind.TRAIN:
+            raise ValueError(f"a task for {self.name} must have rank <= {self._rank}, got {task.rank}")
+        check_rank(task.rank, self._resident.spec.matrices)
+
+    def _train(self, task: Task, held: Held, own: Payload | None) -> tuple[Mapping[str, float], Payload]:
+        tuner = tuners.get(task.tuner)
+        dataset = self._dataset(Kind.TRAIN)
+        resident = self._resident
+        start = starting_payload(task, resident.spec, held.warm, own)
+        resident.base.apply(held.key, held.payload, start.dense)
+        resident.adapters.set_factors(start.factors, train_a=task.train_a)
+        before = self._heads()
+        metrics = tuner(resident, dataset, task)
+        factors = resident.adapters.get_factors()
+        moved = {name: value - before[name] for name, value in self._heads().items()}
+        if task.send:
+            return metrics, Payload(factors=factors, dense=moved)
+        total = {name: value + start.dense[name] if name in start.dense else value for name, value in moved.items()}
+        self._store.save_state(task.round, task.run, Payload(factors=factors, dense=total))
+        return metrics, Payload()
+
+    def _evaluate(self, task: Task, held: Held, own: Payload | None) -> Mapping[str, float]:
+        if not self._examples[Kind.EVALUATE]:
+            return nothing(self._resident.config.task)
+        known = {name: value for name, value in task.knobs.items() if name in config.Evaluation.model_fields}
+        settings = config.Evaluation.model_validate({**self._evaluation.model_dump(), **known})
+        resident, dataset = self._resident, self._dataset(Kind.EVALUATE)
+        if starts_at_zero(task, own):
+            resident.base.apply(held.key, held.payload, task.start.dense)
+            with resident.adapters.disabled():
+                return evaluate(resident, dataset, settings)
+        start = starting_payload(task, resident.spec, held.warm, own)
+        resident.base.apply(held.key, held.payload, start.dense)
+        resident.adapters.set_factors(start.factors)
+        return evaluate(resident, dataset, settings)
+
+    def _dataset(self, kind: Kind) -> Dataset:
+        if kind not in self._datasets:
+            what = "training" if kind is Kind.TRAIN else "held-out"
+            self._datasets[kind] = Dataset(
+                self._examples[kind],
+                self._resident,
+                max_length=self._data.max_length,
+                name=f"{self.name}'s {what} data",
+            )
+        return self._datasets[kind]
+
+    def _heads(self) -> dict[str, Array]:
+        """Copies of the head's parameters, float32."""
+        return {name: head.detach().cpu().numpy().copy() for name, head in self._resident.base.heads.items()}
