@@ -8,13 +8,12 @@ from pathlib import Path
 from fedloom.client.export import export_merged, export_peft
 from fedloom.client.model import load_model
 from fedloom.protocols.config import RunConfig
+from fedloom.server.app import build_strategy
 from fedloom.server.checkpoint import latest_checkpoint
 from fedloom.server.loop import CHECKPOINTS
 from fedloom.simulations.report import write_report
 from fedloom.simulations.runs import SUMMARY_FILE, Member, members, read_run
 from fedloom.simulations.world import base_model
-from fedloom.strategies.base import Scaling
-from fedloom.strategies.registry import build
 
 NO_GLOBAL_MODEL = {"local"}
 
@@ -38,10 +37,7 @@ def export_run(out: Path, *, merged: bool, to: Path | None = None, label: str = 
     checkpoint, _ = latest_checkpoint(member.folder / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(f"{member.folder} has no checkpoint to export")
-    strategy = build(
-        config.strategy.name, config.strategy.options, Scaling(alpha=config.lora.alpha, rslora=config.lora.rslora)
-    )
-    payload = strategy.adapter(checkpoint.state)
+    payload = build_strategy(config).adapter(checkpoint.state)
     folder = to or out / ("merged" if merged else "adapter")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ValueError(f"{folder} must be empty, got a folder with files: give --force to replace it")

@@ -16,6 +16,7 @@ from fedloom.protocols.messages import Hello, Refusal, Task, Update
 
 RECORD = "fedloom"  # the one record of every message, with the codec's bytes under this key:
 FRAME = "frame"
+LONGEST_REASON = 1000  # characters
 
 
 class Handler(Protocol):
@@ -42,7 +43,7 @@ def client_app(open_device: Callable[[Context], Handler]) -> ClientApp:
         try:
             return _reply(encode(open_device(context).hello()), message)
         except ValueError as error:
-            return _reply(encode(Refusal(device="", round=0, reason=str(error))), message)
+            return _reply(_refuse(error, device="", round=0), message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -66,8 +67,13 @@ def _perform(device: Handler, message: Message) -> bytes:
         round = task.round
         return encode(device.handle(task), wire=task.wire, seed=task.seed)
     except ValueError as error:
-        held = getattr(error, "version", 0)
-        return encode(Refusal(device=device.name, round=round, reason=str(error), version=held))
+        return _refuse(error, device=device.name, round=round)
+
+
+def _refuse(error: ValueError, *, device: str, round: int) -> bytes:
+    """A Refusal whose reason fits the wire: one bounded line of plain text."""
+    reason = str(error).encode("utf-8", "replace").decode()[:LONGEST_REASON]
+    return encode(Refusal(device=device, round=round, reason=reason, version=getattr(error, "version", 0)))
 
 
 def _reply(frame: bytes, message: Message) -> Message:

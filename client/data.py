@@ -141,7 +141,7 @@ class _Encoder:
         self._tokenizer, self._labels = resident.tokenizer, resident.labels
         self._classify = resident.config.task == "classify"
         limit = getattr(resident.model.config.get_text_config(), "max_position_embeddings", None) or max_length
-        self._room = min(max_length, limit)
+        self._room = min(max_length, limit, self._tokenizer.model_max_length)
         begin = self._tokenizer.bos_token_id
         added = self._tokenizer("a")["input_ids"]
         self._begin = [begin] if begin is not None and added[:1] == [begin] else []

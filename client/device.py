@@ -19,6 +19,7 @@ from fedloom.client.starting import starting_payload, starts_at_zero
 from fedloom.client.store import DeviceStore, Held
 from fedloom.protocols import config
 from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, Payload, Start, Task, Update
+from fedloom.strategies.ffa import drop_a
 
 
 class Device:
@@ -67,7 +68,7 @@ class Device:
 
         Raises:
             StaleVersion: when the task's patch builds on a version that this device does not hold.
-            ValueError: for a task that is not for this device or beyond its limits, bad data, or training that diverged.
+            ValueError: for a task that is not for this device or beyond its limits, bad data, or a diverged training.
         """
         self._check(task)
         reset_peak()
@@ -93,9 +94,10 @@ class Device:
     def _check(self, task: Task) -> None:
         if task.device != self.name:
             raise ValueError(f"a task must be for device {self.name!r}, got one for {task.device!r}")
-        if task.rank > self._rank and task.kind is Kind.TRAIN:
-            raise ValueError(f"a task for {self.name} must have rank <= {self._rank}, got {task.rank}")
-        check_rank(task.rank, self._resident.spec.matrices)
+        if task.kind is Kind.TRAIN:
+            if task.rank > self._rank:
+                raise ValueError(f"a task for {self.name} must have rank <= {self._rank}, got {task.rank}")
+            check_rank(task.rank, self._resident.spec.matrices)
 
     def _train(self, task: Task, held: Held, own: Payload | None) -> tuple[Mapping[str, float], Payload]:
         tuner = tuners.get(task.tuner)
@@ -109,7 +111,8 @@ class Device:
         factors = resident.adapters.get_factors()
         moved = {name: value - before[name] for name, value in self._heads().items()}
         if task.send:
-            return metrics, Payload(factors=factors, dense=moved)
+            sent = Payload(factors=factors, dense=moved)
+            return metrics, sent if task.shared_a_seed is None else drop_a(sent)
         total = {name: value + start.dense[name] if name in start.dense else value for name, value in moved.items()}
         self._store.save_state(task.round, task.run, Payload(factors=factors, dense=total))
         return metrics, Payload()

@@ -1,8 +1,8 @@
 """Judging the model on held-out examples: sums and counts, so that a server can pool them over devices.
 
-Exact match takes one forward pass and no generation: greedy decoding gives back the reference (end token and all) if and
-only if every token of it is the argmax under teacher forcing. Where all are, greedy decoding has the reference's own
-prefix before it at each step; where one is not, greedy decoding leaves the reference there. `rouge` generates as well.
+Exact match takes one forward pass and no generation: greedy decoding gives back the reference (end token and all) if
+and only if every token of it is the argmax under teacher forcing. Where all are, greedy decoding has the reference's
+own prefix before it at each step; where one is not, it leaves the reference there. `rouge` generates as well.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def generate(resident: Resident, prompts: list[list[int]], max_new_tokens: int) 
     length = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt in prompts], device=resident.device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=pad
+    )
     out = resident.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     tails = [row[length:] for row in out.tolist()]
     return [tail[: tail.index(end)] if end in tail else tail for tail in tails]

@@ -1,6 +1,6 @@
 """LoRA adapters (Hu et al. 2021) on one model: placed once by peft, given another rank, start or scale every round.
 
-    h = W x + s B A x,   s = alpha / r, or alpha / sqrt(r) for rsLoRA;   A [r, d_in], B [d_out, r], always float32
+h = W x + s B A x with s = alpha / r, or alpha / sqrt(r) for rsLoRA; A [r, d_in] and B [d_out, r] are always float32.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -21,7 +22,6 @@ from fedloom.client.fused import adapted_linear
 from fedloom.protocols.messages import LowRank, MatrixSpec
 
 ADAPTER = "default"
-SHOWN = 6  # how many candidate modules an error lists
 
 
 def head_modules(model: nn.Module, task: str) -> dict[str, nn.Module]:
@@ -92,25 +92,28 @@ def check_rank(rank: int, matrices: Mapping[str, MatrixSpec]) -> None:
     """Raise ValueError unless every matrix is large enough for an adapter of this rank."""
     for name, size in matrices.items():
         if not 1 <= rank <= min(size.d_out, size.d_in):
-            raise ValueError(f"rank must be in 1..{min(size.d_out, size.d_in)} for {name} [{size.d_out}, {size.d_in}], got {rank}")
+            raise ValueError(
+                f"rank must be in 1..{min(size.d_out, size.d_in)} for {name} [{size.d_out}, {size.d_in}], got {rank}"
+            )
 
 
 class Adapters:
     """The adapters of one model; there is one such object per model, whatever the rank of the round."""
 
     def __init__(self, model: nn.Module, matrices: Mapping[str, MatrixSpec]) -> None:
-        """Wrap the modules that `matrices` names, in place. The model keeps its class and its names."""
+        """Wrap the modules that `matrices` names, in place, at B = 0. The model keeps its class and its names."""
         self.matrices = dict(matrices)
         model.requires_grad_(False)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")  # peft says that it sets fan_in_fan_out for Conv1D by itself
             inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=list(matrices)), model)
         wrapped = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
         if wrapped.keys() != self.matrices.keys():
             raise ValueError(f"peft must wrap {len(matrices)} modules, got {len(wrapped)}")
-        self.layers: dict[str, LoraLinear] = {name: wrapped[name] for name in self.matrices}
+        self.layers: dict[str, Any] = {name: wrapped[name] for name in self.matrices}  # LoraLinear: untyped
         for layer in self.layers.values():
             layer.forward = types.MethodType(_forward, layer)
+        self.set_factors({name: _zero(size) for name, size in self.matrices.items()})
 
     def set_factors(self, factors: Mapping[str, LowRank], *, train_a: bool = True) -> None:
         """Put these factors in place of the adapters, of whatever rank and scale they are.
@@ -120,7 +123,9 @@ class Adapters:
         """
         if factors.keys() != self.matrices.keys():
             odd = sorted(factors.keys() ^ self.matrices.keys())
-            raise ValueError(f"factors must be given for each of the {len(self.matrices)} adapted modules, got a mismatch at {odd[0]!r}")
+            raise ValueError(
+                f"factors must be given for each of {len(self.matrices)} modules, got a mismatch at {odd[0]!r}"
+            )
         for name, factor in factors.items():
             size = self.matrices[name]
             if (factor.b.shape[0], factor.a.shape[1]) != (size.d_out, size.d_in):
@@ -163,7 +168,12 @@ class Adapters:
                 layer._disable_adapters = False
 
 
-def _set_layer(layer: LoraLinear, factor: LowRank, train_a: bool) -> None:
+def _zero(size: MatrixSpec) -> LowRank:
+    b, a = np.zeros((size.d_out, 1), np.float32), np.zeros((1, size.d_in), np.float32)
+    return LowRank(b=b, a=a, alpha=1.0)
+
+
+def _set_layer(layer: Any, factor: LowRank, train_a: bool) -> None:
     device = layer.base_layer.weight.device
     for part, values, trains in ((layer.lora_A, factor.a, train_a), (layer.lora_B, factor.b, True)):
         linear = part[ADAPTER]
@@ -176,14 +186,14 @@ def _set_layer(layer: LoraLinear, factor: LowRank, train_a: bool) -> None:
     layer.scaling[ADAPTER] = factor.scale
 
 
-def _forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """peft's forward, with the plain case (one float32 adapter, no dropout) fused."""
     if layer._disable_adapters:
         return layer.base_layer(x)  # type: ignore[no-any-return]
     base, dropout = layer.base_layer, layer.lora_dropout[ADAPTER]
     weight = base.weight
     if args or kwargs or weight.dtype != torch.float32 or x.dtype != torch.float32 or isinstance(dropout, nn.Dropout):
-        return LoraLinear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        return LoraLinear.forward(layer, x, *args, **kwargs)
     logical = weight.t() if layer.fan_in_fan_out else weight
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return adapted_linear(x, logical, base.bias, a, b, layer.scaling[ADAPTER])

@@ -1,8 +1,8 @@
 """The model at version v: round(W0 + P_v), with W0 the public base and P_v the accumulated patch.
 
-W0 is kept aside (on the CPU, for what patches touch) and every version is made from it, never from another version: so a
-device that missed rounds, or shares its process with devices at other versions, ends at the same weights. Sums are taken
-in float32 and rounded once to the dtype that the model is held in.
+W0 is kept aside (on the CPU, for what patches touch) and every version is made from it, never from another version: so
+a device that missed rounds, or shares its process with devices at other versions, ends at the same weights. Sums are
+taken in float32 and rounded once to the dtype that the model is held in.
 """
 
 from __future__ import annotations

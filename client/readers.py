@@ -1,4 +1,4 @@
-"""Files of examples: JSONL or CSV with `prompt` and `completion`, JSONL chats with `messages`, or `text` and `label`."""
+"""Files of examples: `prompt` and `completion`, or `text` and `label`, as JSONL or CSV; chats (`messages`) as JSONL."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ _CAUSAL = "'prompt' and 'completion', or 'messages'"
 _CLASSIFY = "'text' and 'label'"
 
 
-def read_examples(
-    path: Path, *, task: Literal["causal", "classify"], key: str = "", limit: int = 0
-) -> list[Example]:
+def read_examples(path: Path, *, task: Literal["causal", "classify"], key: str = "", limit: int = 0) -> list[Example]:
     """Read a file of examples.
 
     Args:
@@ -101,7 +99,7 @@ def _chat(messages: Any, label: str, owner: str, where: str) -> Example:
     good = [turn for turn in turns if isinstance(turn, dict) and {"role", "content"} <= turn.keys()]
     if len(turns) < 2 or len(good) != len(turns) or turns[-1]["role"] != "assistant":
         raise ValueError(
-            f"{where} must have 'messages' with a 'role' and a 'content' each, at least two, the last from the assistant"
+            f"{where} must have 'messages' with a 'role' and a 'content' each, two or more, the last from the assistant"
         )
     kept = tuple({"role": str(turn["role"]), "content": str(turn["content"])} for turn in turns)
     prompt = "\n".join(turn["content"] for turn in kept[:-1])

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedloom.protocols.initial import initial_a
 from fedloom.protocols.messages import Array, LowRank, ModelSpec, Payload, Start, Task
+from fedloom.strategies.ffa import fill_a
 
 ROW_NORM = math.sqrt(1 / 3)  # the expected norm of a row of initial_a: d_in entries of variance 1 / (3 d_in)
 
@@ -23,11 +24,12 @@ def starting_payload(task: Task, spec: ModelSpec, warm: Mapping[str, Array], own
     if task.start_from is Start.OWN and own is not None:
         return own
     if task.start_from is Start.GIVEN:
-        return task.start
+        return task.start if task.shared_a_seed is None else fill_a(task.start, task.shared_a_seed, spec)
     rows = warm if task.start_from is Start.PATCH else {}
+    seed = task.seed if task.shared_a_seed is None else task.shared_a_seed
     factors = {}
     for name, size in spec.matrices.items():
-        a = initial_a(task.seed, name, task.rank, size.d_in)
+        a = initial_a(seed, name, task.rank, size.d_in)
         if name in rows:
             a = _warm_start(a, rows[name])
         zero = np.zeros((size.d_out, task.rank), dtype=np.float32)
@@ -41,7 +43,7 @@ def starts_at_zero(task: Task, own: Payload | None) -> bool:
 
 
 def _warm_start(a: Array, rows: Array) -> Array:
-    """The first rows of `a` replaced by directions of `rows`, at the norm that random rows have; zero rows are no use."""
+    """The first rows of `a` replaced by the directions of `rows`, at the norm of random rows; zero rows are no use."""
     rows = rows[: len(a)].astype(np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     usable = norms[:, 0] > 0

@@ -1,29 +1,24 @@
-"""What a device keeps on disk: the accumulated patch at its last few versions, and its own adapters of its last rounds.
+"""What a device keeps on disk: the accumulated patch at its latest versions, and its own adapters of its last rounds.
 
-    patch_dir/v{version}.safetensors   the accumulated payload, and `warm/{module}`: leading rows of the newest delta's A
+    patch_dir/v{version}.safetensors   the accumulated payload, and `warm/{module}`: first rows of the newest delta's A
     state_dir/r{round}.safetensors     the adapter (and head) that the device ended a round with
 
-A file is written whole or not at all, says in its header which run it belongs to, and one of another run counts as
-absent. In a simulation, devices share `patch_dir`: a version of a run has the same content for all of them.
+A file is written whole or not at all, and says in its header which run it belongs to; one of another run counts as
+absent. A version made from another patch than the one at hand (of a server that went back) is made anew.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from fedloom.client.patching import BASE
-from fedloom.protocols.messages import Array, LowRank, ModelSpec, Patch, Payload
+from fedloom.client.tensorfile import digest_payload, read_header, read_payload, write_payload
+from fedloom.protocols.messages import Array, ModelSpec, Patch, Payload
 from fedloom.strategies.lowrank import add
 
 WARM_ROWS = 64
@@ -41,23 +36,39 @@ class StaleVersion(ValueError):  # noqa: N818 - a refusal, named for what the se
 
 
 @dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a version was made from: the version before, and a digest of the payload that came."""
+
+    since: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Held:
     """The global model at one version: the accumulated payload, and where the next adapters may start."""
 
     version: int
     payload: Payload = field(default_factory=Payload)
     warm: Mapping[str, Array] = field(default_factory=dict)  # module: [up to WARM_ROWS, d_in]
+    source: Source | None = None  # the patch that it was made from; None for the base
     key: Hashable = BASE  # the same key means the same content
 
 
 _cache: OrderedDict[Hashable, Held] = OrderedDict()
 
+
 class DeviceStore:
     """One device's files."""
 
-    def __init__(self, patch_dir: Path, state_dir: Path) -> None:
-        """The folders are made when something is first written."""
-        self.patch_dir, self.state_dir = Path(patch_dir), Path(state_dir)
+    def __init__(self, patch_dir: Path, state_dir: Path, *, shared: bool = False) -> None:
+        """The folders are made when something is first written.
+
+        Args:
+            shared: whether other devices use `patch_dir` too, as in a simulation. A version that one of them made on
+                another way (from the base, say, rather than from the version before) then serves all: the same up to
+                float32 rounding, and merged into the resident model only once.
+        """
+        self.patch_dir, self.state_dir, self._shared = Path(patch_dir), Path(state_dir), shared
 
     def take(self, patch: Patch | None, spec: ModelSpec, run: str) -> Held:
         """The version that a task asks for, added up and written down if it is new. No patch means the base itself.
@@ -74,23 +85,23 @@ class DeviceStore:
             )
         if patch.version == 0:
             return Held(version=0)
+        source = Source(since=patch.since, digest=digest_payload(patch.payload))
         try:
             held = self._load(patch.version, run)
         except ValueError:
             if patch.since:
                 raise
             held = None  # a whole patch heals a corrupted file
-        if held is None:
-            self._write_patch(self._advance(patch, spec, run), spec, run)
-            held = self._load(patch.version, run)
-        if held is None:
-            raise ValueError(f"{self._patch_path(patch.version)} must be there once written, got nothing")
-        return held
+        if held is not None and (patch.since == patch.version or self._trusts(held.source, source)):
+            return held
+        made = self._advance(patch, spec, run)
+        self._write_patch(made, source, run)
+        return self._load(patch.version, run) or made
 
     def newest_version(self, run: str | None = None) -> int:
         """The newest version on disk (of `run`, if given); 0 for the base."""
         for version in sorted(_numbers(self.patch_dir, "v"), reverse=True):
-            if run is None or _header(self._patch_path(version)).get("run") == run:
+            if run is None or read_header(self._patch_path(version)).get("run") == run:
                 return version
         return 0
 
@@ -103,29 +114,34 @@ class DeviceStore:
         path = self.state_dir / f"r{round}.safetensors"
         if round < 1 or not path.exists():
             return None
-        payload, _, meta = _read(path)
+        payload, _, meta = read_payload(path)
         return payload if meta["run"] == run else None
 
     def save_state(self, round: int, run: str, payload: Payload) -> None:
         """Keep the adapter of a round and of the one before; later rounds, of a run that went back, are dropped."""
-        _write(self.state_dir / f"r{round}.safetensors", payload, {}, {"run": run, "round": round})
+        write_payload(self.state_dir / f"r{round}.safetensors", payload, {}, {"run": run, "round": round})
         rounds = sorted(_numbers(self.state_dir, "r"))
         keep = [number for number in rounds if number <= round][-STATES_KEPT:]
         for number in set(rounds) - set(keep):
             (self.state_dir / f"r{number}.safetensors").unlink(missing_ok=True)
 
+    def _trusts(self, held: Source | None, asked: Source) -> bool:
+        """Whether a version on disk is the one that a patch makes."""
+        return held == asked or (self._shared and held is not None and held.since != asked.since)
+
     def _advance(self, patch: Patch, spec: ModelSpec, run: str) -> Held:
         """P_v from P_s and what came since."""
         warm = {name: np.asarray(factor.a[:WARM_ROWS], np.float32) for name, factor in patch.payload.factors.items()}
         if patch.since == 0:
-            return Held(version=patch.version, payload=patch.payload, warm=warm)
+            return Held(version=patch.version, payload=patch.payload, warm=warm, key=object())
         older = self._load(patch.since, run)
         if older is None:
             version = self.newest_version(run)
             raise StaleVersion(f"the patch must build on a version held here ({version}), got {patch.since}", version)
         if not patch.payload:
-            return Held(version=patch.version, payload=older.payload, warm=older.warm)
-        return Held(version=patch.version, payload=add(patch.payload, older.payload, spec), warm=warm)
+            return Held(version=patch.version, payload=older.payload, warm=older.warm, key=object())
+        total = add(patch.payload, older.payload, spec)
+        return Held(version=patch.version, payload=total, warm=warm, key=object())
 
     def _load(self, version: int, run: str) -> Held | None:
         path = self._patch_path(version)
@@ -135,18 +151,19 @@ class DeviceStore:
             return None
         key = (str(path), run, stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if key not in _cache:
-            payload, warm, meta = _read(path)
+            payload, warm, meta = read_payload(path)
             if meta["run"] != run:
                 return None
-            _cache[key] = Held(version=version, payload=payload, warm=warm, key=key)
+            source = Source(since=meta["since"], digest=meta["digest"])
+            _cache[key] = Held(version=version, payload=payload, warm=warm, source=source, key=key)
             while len(_cache) > CACHED:
                 _cache.popitem(last=False)
         _cache.move_to_end(key)
         return _cache[key]
 
-    def _write_patch(self, held: Held, spec: ModelSpec, run: str) -> None:
-        meta = {"run": run, "version": held.version, "base_hash": spec.base_hash}
-        _write(self._patch_path(held.version), held.payload, held.warm, meta)
+    def _write_patch(self, held: Held, source: Source, run: str) -> None:
+        meta = {"run": run, "version": held.version, "since": source.since, "digest": source.digest}
+        write_payload(self._patch_path(held.version), held.payload, held.warm, meta)
         for version in _numbers(self.patch_dir, "v"):
             if version < held.version - PATCHES_KEPT:
                 self._patch_path(version).unlink(missing_ok=True)
@@ -158,54 +175,3 @@ class DeviceStore:
 def _numbers(folder: Path, letter: str) -> list[int]:
     names = (path.stem.removeprefix(letter) for path in folder.glob(f"{letter}*.safetensors"))
     return [int(name) for name in names if name.isdecimal()]
-
-
-def _write(path: Path, payload: Payload, warm: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
-    """Write a payload atomically: another process sees the old file or the new one, and so does a restart."""
-    tensors: dict[str, Array] = {f"dense/{name}": array for name, array in payload.dense.items()}
-    tensors |= {f"warm/{name}": rows for name, rows in warm.items()}
-    for name, factor in payload.factors.items():
-        tensors |= {f"a/{name}": factor.a, f"b/{name}": factor.b}
-    scales = {name: [factor.alpha, factor.rslora] for name, factor in payload.factors.items()}
-    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-    frame = save(contiguous, metadata={"fedloom": json.dumps({**meta, "scales": scales}, sort_keys=True)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(frame)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-
-
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(json.loads((file.metadata() or {})["fedloom"]))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of this device's store, or corrupted: {error}") from None
-
-
-def _read(path: Path) -> tuple[Payload, dict[str, Array], dict[str, Any]]:
-    """A payload, its warm rows and its metadata.
-
-    Raises:
-        ValueError: for a corrupted file, naming it.
-    """
-    meta = _header(path)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        factors = {
-            name: LowRank(b=tensors[f"b/{name}"], a=tensors[f"a/{name}"], alpha=alpha, rslora=rslora)
-            for name, (alpha, rslora) in meta["scales"].items()
-        }
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is corrupted: {error}") from None
-    dense = {name.removeprefix("dense/"): array for name, array in tensors.items() if name.startswith("dense/")}
-    warm = {name.removeprefix("warm/"): array for name, array in tensors.items() if name.startswith("warm/")}
-    return Payload(factors=factors, dense=dense), warm, meta

@@ -24,9 +24,9 @@ from fedloom.protocols.seeds import derive_seed
 
 def forward_logits(resident: Resident, batch: Batch) -> Tensor:
     """The logits that `batch.labels` are about: [n, width, vocabulary], or [n, classes]."""
-    options: dict[str, Any] = {"use_cache": False, "position_ids": batch.positions}
-    if batch.width:
-        options["logits_to_keep"] = batch.width + 1
+    options: dict[str, Any] = {"use_cache": False}
+    if batch.width:  # right-padded texts keep the model's own positions, which RoBERTa counts from 2
+        options |= {"position_ids": batch.positions, "logits_to_keep": batch.width + 1}
     taken = {name: value for name, value in options.items() if name in resident.forward_options}
     logits: Tensor = resident.model(input_ids=batch.ids, attention_mask=batch.mask, **taken).logits
     if not batch.width:

@@ -80,13 +80,13 @@ def decode(frame: bytes, expect: type[T], *, limit: int) -> T:
     try:
         record.ParseFromString(body)
     except DecodeError as error:
-        raise ValueError(f"body of a {expect.__name__} must be its protobuf record: {error}") from None
+        raise ValueError(f"body of {expect.__name__} must be its protobuf record: {error}") from None
     record.DiscardUnknownFields()
     if record.SerializeToString(deterministic=True) != body:
-        raise ValueError(f"body of a {expect.__name__} must hold known fields only, each once and in order")
+        raise ValueError(f"body of {expect.__name__} must hold known fields only, each once and in order")
     message, rest = form.read(record, data)
     if len(rest):
-        raise ValueError(f"a {expect.__name__} must account for all of its tensor data, {len(rest)} bytes are left")
+        raise ValueError(f"{expect.__name__} must account for all of its tensor data, {len(rest)} bytes are left")
     form.check(message)
     result: T = message
     return result

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,7 +31,7 @@ class Model(Section):
     """`causal` (language modelling) or `classify` (sequence classification)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The dtype that the base is held in."""
-    labels: int | tuple[str, ...] = 2
+    labels: Annotated[int, Field(ge=2)] | Annotated[tuple[str, ...], Field(min_length=2)] = 2
     """For `classify`: how many classes (labels are then 0, 1, ...), or their names."""
     device: str = "auto"
     """Torch device; `auto` takes CUDA where there is one."""
@@ -59,7 +59,7 @@ class Fleet(Section):
 
     devices: int = Field(default=20, ge=1)
     """How many devices."""
-    ranks: tuple[int, ...] = (32, 16, 16, 8, 8, 4, 4, 2)
+    ranks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (32, 16, 16, 8, 8, 4, 4, 2)
     """The largest adapter rank each device can train, repeated over the fleet."""
     partition: Literal["natural", "iid", "dirichlet", "key", "quantity"] = "natural"
     """How a file's examples are dealt out; `natural` keeps the embedded households as they are."""
@@ -182,8 +182,8 @@ class Simulation(Section):
 class Contender(Section):
     """One line of a comparison: a label and the settings that differ from the recipe."""
 
-    label: str
-    """Its name in tables and plots."""
+    label: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}$")
+    """Its name in tables and plots, and its folder."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Dotted keys to override, for example {"strategy.name" = "flora"}."""
 
@@ -231,6 +231,9 @@ def _known_keys(table: Mapping[str, Any], where: tuple[str, ...], schema: type[B
         inner = known[key].annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, Mapping):
             _known_keys(value, (*where, key), inner)
+        elif key == "compare" and isinstance(value, list | tuple):
+            for line in value:
+                _known_keys(line if isinstance(line, Mapping) else {}, (*where, key), Contender)
 
 
 def build_config(table: Mapping[str, Any]) -> RunConfig:
@@ -243,9 +246,19 @@ def build_config(table: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(dict(table))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"recipe key {where!r}: {first['msg'].lower()}, got {first['input']!r}") from None
+        raise ValueError(_in_one_line(error)) from None
+
+
+def _in_one_line(error: ValidationError) -> str:
+    """The first key that is wrong, all that it may be, and what was got."""
+
+    def key(loc: tuple[int | str, ...]) -> str:
+        return ".".join(str(part) for part in loc if isinstance(part, int) or part.isidentifier())
+
+    first = error.errors()[0]
+    where = key(first["loc"])
+    may_be = [e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    return f"recipe key {where!r}: {', or '.join(dict.fromkeys(may_be))}, got {first['input']!r}"
 
 
 def _literal(text: str) -> Any:
@@ -257,16 +270,31 @@ def _literal(text: str) -> Any:
 
 
 def override(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested table with dotted keys set."""
+    """A copy of a nested table with dotted keys set; a table as a value is merged key by key.
+
+    Raises:
+        ValueError: for a dotted key whose section is no table.
+    """
     result: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-    for dotted, value in changes.items():
+    for dotted, value in _flat(changes):
         *sections, leaf = dotted.split(".")
         inner = result
         for section in sections:
-            inner[section] = dict(inner.get(section) or {})
+            if not isinstance(inner.get(section, {}), Mapping):
+                raise ValueError(f"recipe key {dotted!r}: {section!r} must be a section, got {inner[section]!r}")
+            inner[section] = dict(inner.get(section, {}))
             inner = inner[section]
         inner[leaf] = value
     return result
+
+
+def _flat(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested changes as dotted ones."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -307,4 +335,7 @@ def contenders(config: RunConfig) -> list[tuple[str, RunConfig]]:
     if len(set(labels)) != len(labels):
         raise ValueError(f"labels of a comparison must differ, got {labels}")
     base = config.model_dump(exclude={"compare"}, exclude_unset=True)
-    return [(contender.label, build_config(override(base, contender.set))) for contender in config.compare]
+    runs = [(contender.label, build_config(override(base, contender.set))) for contender in config.compare]
+    if any(run.eval.metric != config.eval.metric or run.model.task != config.model.task for _, run in runs):
+        raise ValueError("every line of a comparison must have the same eval.metric and model.task")
+    return runs

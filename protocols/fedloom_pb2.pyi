@@ -122,7 +122,7 @@ class Metric(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs")
+    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class Task(_message.Message):
     TUNER_FIELD_NUMBER: _ClassVar[int]
     RSLORA_FIELD_NUMBER: _ClassVar[int]
     TRAIN_A_FIELD_NUMBER: _ClassVar[int]
+    SHARED_A_SEED_FIELD_NUMBER: _ClassVar[int]
     SEND_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     PATCH_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +151,7 @@ class Task(_message.Message):
     tuner: str
     rslora: bool
     train_a: bool
+    shared_a_seed: int
     send: bool
     start: Payload
     patch: Patch
@@ -159,7 +161,7 @@ class Task(_message.Message):
     state_round: int
     wire: Dtype
     knobs: _containers.RepeatedCompositeFieldContainer[Knob]
-    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ...) -> None: ...
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ...) -> None: ...
 
 class Cost(_message.Message):
     __slots__ = ("seconds", "peak_rss_bytes")

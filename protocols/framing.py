@@ -81,7 +81,7 @@ def unpack(frame: bytes, kind: int, kind_names: Sequence[str], *, limit: int) ->
         raise ValueError(f"this side speaks protocol version {PROTOCOL_VERSION}, the frame is of version {version}")
     if got_kind != kind:
         got = kind_names[got_kind] if got_kind < len(kind_names) else f"kind {got_kind}"
-        raise ValueError(f"frame must hold a {kind_names[kind]}, got {got}")
+        raise ValueError(f"frame must hold {kind_names[kind]}, got {got}")
     if len(frame) > limit:
         raise ValueError(f"a frame must be <= {limit} bytes, got {len(frame)}")
     if body_bytes > BODY_LIMIT:

@@ -143,7 +143,7 @@ class Task:
     shared_a_seed: int | None = None  # set: A is initial_a(this seed, ...) on both sides and travels as a [r, 0]
     send: bool = True  # False: the adapter stays on the device (local-only)
     start: Payload = field(default_factory=Payload)
-    patch: Patch | None = None  # None: the device stays on the version it holds
+    patch: Patch | None = None  # brings the model to a version, empty when it is there; None: the base itself
     run: str = ""
     nonce: int = 0
     seed: int = 0

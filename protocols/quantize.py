@@ -51,9 +51,10 @@ def scale_count(shape: tuple[int, ...], axis: int | None) -> int:
 
 
 def stored_bytes(wire: str, shape: tuple[int, ...], axis: int | None) -> int:
-    """How many bytes `store` makes of an array, exact for shapes of any size."""
-    scales = 4 * scale_count(shape, axis) if wire == "int8" else 0
-    return scales + ITEM_BYTES[wire] * math.prod(shape)
+    """How many bytes `store` makes of an array, exact for shapes of any size; an empty array has none."""
+    size = math.prod(shape)
+    scales = 4 * scale_count(shape, axis) if wire == "int8" and size else 0
+    return scales + ITEM_BYTES[wire] * size
 
 
 def store(x: Array, wire: str, *, axis: int | None, label: str, seed: int) -> list[Stored]:
@@ -69,6 +70,8 @@ def store(x: Array, wire: str, *, axis: int | None, label: str, seed: int) -> li
     """
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{label} must be a float array, got {x.dtype}")
+    if x.size == 0:
+        return []
     peak = max(float(x.max()), -float(x.min()))  # both are NaN if any value is
     if not math.isfinite(peak):
         raise ValueError(f"{label} must be finite, got {_first_bad(x)}")
@@ -97,7 +100,7 @@ def load(data: memoryview, wire: str, shape: tuple[int, ...], *, axis: int | Non
 
 
 def _read(data: memoryview, wire: str, shape: tuple[int, ...], axis: int | None, label: str) -> Float32:
-    if wire == "fp32":
+    if wire == "fp32" or 0 in shape:
         return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32, copy=False)
     if wire == "fp16":
         return np.frombuffer(data, "<f2").reshape(shape).astype(np.float32)

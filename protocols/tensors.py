@@ -116,11 +116,11 @@ class _Plan:
     @classmethod
     def of(cls, tensor: pb.Tensor, label: str, factor_axis: int | None = None) -> _Plan:
         wire = wire_name(tensor.dtype, label)
-        validate.shape(label, tensor.shape)
+        validate.shape(label, tensor.shape, least_last=0 if factor_axis == 0 else 1)  # A alone may be empty
         shape = tuple(tensor.shape)
         axis = _dense_axis(len(shape)) if factor_axis is None else factor_axis
         if factor_axis is not None and len(shape) != 2:
-            raise ValueError(f"{label} must have 2 dimensions, got shape {list(shape)}")
+            raise ValueError(f"{label} must have 2 dimensions, got {list(shape)}")
         return cls(wire, shape, axis, label, stored_bytes(wire, shape, axis))
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Final
@@ -36,7 +36,7 @@ def integer(where: str, value: object, limit: int = COUNT_LIMIT, *, least: int =
 
 def real(where: str, value: object) -> None:
     """Raise ValueError unless `value` is a finite number."""
-    if not isinstance(value, float | int) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, float | int) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{where} must be a finite number, got {value!r}")
 
 
@@ -52,10 +52,11 @@ def one_of(where: str, value: object, members: type[StrEnum]) -> None:
         raise ValueError(f"{where} must be one of {', '.join(members)}, got {value!r}")
 
 
-def shape(where: str, dims: Sequence[int]) -> None:
-    """Raise ValueError unless `dims` are 1..MAX_DIMS positive lengths."""
-    if not 1 <= len(dims) <= MAX_DIMS or any(length < 1 for length in dims):
-        raise ValueError(f"{where} must have 1..{MAX_DIMS} dimensions, each >= 1, got {list(dims[: MAX_DIMS + 1])}")
+def shape(where: str, dims: Sequence[int], *, least_last: int = 1) -> None:
+    """Raise ValueError unless `dims` are 1..MAX_DIMS positive lengths; the last may be 0 where `least_last` is."""
+    if not 1 <= len(dims) <= MAX_DIMS or any(length < 1 for length in dims[:-1]) or dims[-1] < least_last:
+        got = list(dims[: MAX_DIMS + 1])
+        raise ValueError(f"{where} must have 1..{MAX_DIMS} dimensions, each >= 1, got {got}")
 
 
 def names(where: str, entries: Iterable[str], count: int) -> None:
@@ -80,7 +81,7 @@ def _payload(where: str, payload: Payload) -> None:
         positive(f"alpha of {name!r}", factor.alpha)
         flag(f"rslora of {name!r}", factor.rslora)
         shape(f"b of {name!r}", factor.b.shape)
-        shape(f"a of {name!r}", factor.a.shape)
+        shape(f"a of {name!r}", factor.a.shape, least_last=0)
     for name, tensor in payload.dense.items():
         shape(f"dense {name!r}", tensor.shape)
 
@@ -127,6 +128,8 @@ def check_task(task: Task) -> None:
     integer("task.state_round", task.state_round)
     integer("task.nonce", task.nonce, SEED_LIMIT)
     integer("task.seed", task.seed, SEED_LIMIT)
+    if task.shared_a_seed is not None:
+        integer("task.shared_a_seed", task.shared_a_seed, SEED_LIMIT)
     positive("task.alpha", task.alpha)
     known_wire(task.wire)
     _knobs("task.knobs", task.knobs)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedloom.protocols.config import RunConfig
 from fedloom.server.courier import Courier
 from fedloom.server.loop import Coordinator, Outcome, Watcher
-from fedloom.strategies.base import Scaling
+from fedloom.strategies.base import Scaling, Strategy
 from fedloom.strategies.registry import build
 
 log = logging.getLogger("fedloom.server")
@@ -29,17 +29,25 @@ class Plan:
     resume: bool = False
 
 
+def build_strategy(config: RunConfig) -> Strategy:
+    """The strategy that a recipe names, with its options.
+
+    Raises:
+        ValueError: for an unknown strategy or option, naming the nearest.
+    """
+    scaling = Scaling(alpha=config.lora.alpha, rslora=config.lora.rslora)
+    return build(config.strategy.name, config.strategy.options, scaling)
+
+
 def coordinate(grid: Grid, plan: Plan, watcher: Watcher | None = None) -> Outcome:
     """Drive a plan over any grid.
 
     Raises:
         ValueError: for an unknown strategy or option, or whatever the round loop refuses.
     """
-    config = plan.config
-    scaling = Scaling(alpha=config.lora.alpha, rslora=config.lora.rslora)
-    strategy = build(config.strategy.name, config.strategy.options, scaling)
-    courier = Courier(grid, timeout=config.server.timeout)
-    return Coordinator(courier, config, strategy, plan.out, run=plan.run).go(resume=plan.resume, watcher=watcher)
+    courier = Courier(grid, timeout=plan.config.server.timeout)
+    strategy = build_strategy(plan.config)
+    return Coordinator(courier, plan.config, strategy, plan.out, run=plan.run).go(resume=plan.resume, watcher=watcher)
 
 
 def server_app(prepare: Callable[[Context], Plan]) -> ServerApp:

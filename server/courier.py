@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -47,9 +48,11 @@ class Courier:
     def nodes(self) -> list[int]:
         return sorted(self._grid.get_node_ids())
 
-    def exchange(self, parcels: Sequence[Parcel], group: str) -> Iterator[Reply]:
-        for first in range(0, len(parcels), self._wave):
-            yield from self._exchange_wave(parcels[first : first + self._wave], group)
+    def exchange(self, parcels: Iterable[Parcel], group: str) -> Iterator[Reply]:
+        """Send parcels, made as their wave goes out, and yield each one's reply."""
+        coming = iter(parcels)
+        while wave := list(islice(coming, self._wave)):
+            yield from self._exchange_wave(wave, group)
 
     def _exchange_wave(self, parcels: Sequence[Parcel], group: str) -> Iterator[Reply]:
         messages = [self._message(parcel, group) for parcel in parcels]

@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 from fedloom.protocols.codec import TaskEncoder, decode_answer
 from fedloom.protocols.config import RunConfig
-from fedloom.protocols.messages import Hello, Kind, ModelSpec, Payload, Refusal, Task, Update
+from fedloom.protocols.messages import Hello, Kind, ModelSpec, Refusal, Task, Update
 from fedloom.protocols.seeds import derive_seed
 from fedloom.server.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from fedloom.server.courier import Courier, Parcel
-from fedloom.server.intake import check_update
+from fedloom.server.intake import check_update, without_tensors
 from fedloom.server.ledger import Ledger
 from fedloom.server.pooling import pool
 from fedloom.server.roster import Roster
@@ -130,7 +130,9 @@ class Coordinator:
             log.warning("%s; going back to the one before", complaint)
         if checkpoint is None:
             fleet = self._roster.reports()
-            return self._strategy.init(self._roster.spec, self._config.seed, fleet), -1
+            state = self._strategy.init(self._roster.spec, self._config.seed, fleet)
+            self._strategy.plan(state, fleet, 1)  # a device that cannot be planned for is an error now, not later
+            return state, -1
         if checkpoint.run != self._run:
             raise ValueError(f"a run resumes with the recipe it began with ({checkpoint.run}), got {self._run}")
         if checkpoint.spec != self._roster.spec:
@@ -188,13 +190,8 @@ class Coordinator:
         self._watcher.began(
             round=tasks[0].round if tasks else 0, rounds=self._config.server.rounds, phase=kind, tasks=len(tasks)
         )
-        encoder = TaskEncoder(self._config.wire.down, seed=self._config.seed)
         by_node = {self._roster.node(task.device): task for task in tasks}
-        parcels = []
-        for node, task in by_node.items():
-            frame = encoder.encode(task)
-            self._ledger.count(task.device, down=len(frame), evaluation=kind == Kind.EVALUATE)
-            parcels.append(Parcel(node=node, kind=kind, frame=frame))
+        parcels = self._parcels(by_node, kind)
         for reply in self._courier.exchange(parcels, str(tasks[0].round if tasks else 0)):
             task = by_node[reply.node]
             self._ledger.count(task.device, up=len(reply.frame), evaluation=kind == Kind.EVALUATE)
@@ -209,10 +206,18 @@ class Coordinator:
                 self._ledger.refused += 1
                 log.warning("round %d: refused %s", task.round, problem)
             else:
-                seen.append(replace(update, payload=Payload()))
+                seen.append(without_tensors(update))
                 self._note(task)
                 yield update
             self._watcher.answered(device=task.device, refused=problem)
+
+    def _parcels(self, by_node: Mapping[int, Task], kind: Kind) -> Iterator[Parcel]:
+        """Encode each task as its turn comes, and count its bytes."""
+        encoder = TaskEncoder(self._config.wire.down, seed=self._config.seed)
+        for node, task in by_node.items():
+            frame = encoder.encode(task)
+            self._ledger.count(task.device, down=len(frame), evaluation=kind == Kind.EVALUATE)
+            yield Parcel(node=node, kind=kind, frame=frame)
 
     def _take_in(self, frame: bytes, task: Task) -> Update:
         """Decode and check one answer."""

@@ -33,11 +33,12 @@ def interval(per_device: Sequence[Mapping[str, float]], metric: str, *, seed: in
     if not per_device:
         return [0.0, 0.0]
     tables = [_means(dict(metrics)) for metrics in per_device]
-    weights = np.array([metrics["tokens" if metric == "loss" else "n"] for metrics in per_device])
+    counted = "tokens" if metric in ("loss", "token_accuracy") else "n"
+    weights = np.array([metrics[counted] for metrics in per_device])
     values = np.array([table[metric] for table in tables])
     generator = np.random.Generator(np.random.Philox(key=derive_seed(seed, "bootstrap", metric)))
     draws = generator.integers(0, len(values), size=(DRAWS, len(values)))
-    pooled = (values[draws] * weights[draws]).sum(axis=1) / weights[draws].sum(axis=1)
+    pooled = (values[draws] * weights[draws]).sum(axis=1) / np.maximum(weights[draws].sum(axis=1), 1e-12)
     tail = (1 - share) / 2
     return [float(np.quantile(pooled, tail)), float(np.quantile(pooled, 1 - tail))]
 

@@ -1,7 +1,7 @@
 """The report's plots: Okabe-Ito colours, one marker and dash per strategy, labels at the lines' ends.
 
-Figures are made by matplotlib's object API, so nothing here touches pyplot or the caller's settings. The palette is that
-of Okabe and Ito (2008, "Color Universal Design"); since colour alone never tells strategies apart, markers differ too.
+Figures are made by matplotlib's object API, so nothing here touches pyplot or keeps a caller's settings changed. The
+palette is Okabe and Ito's (2008, "Color Universal Design"); markers differ too, so that colour never tells alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,13 +21,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from fedloom.simulations.wording import Metric, human_bytes, shorten
-
 INK, RULE = "#1c2126", "#d3d8de"  # become the page's own colours in SVG
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, "#F0E442")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.parse_math": False,  # names are text, whatever dollars they hold
@@ -45,8 +44,51 @@ SETTINGS = {
     "svg.fonttype": "none",
 }
 WIDTH, HEIGHT, WIDE = 5.6, 3.7, 9.6  # inches
+STEPS = (1, 2, 2.5, 5, 10)  # of round ticks
+UNITS = ("B", "kB", "MB", "GB", "TB")
 LABEL_GAP = 0.19  # inches from one label's baseline to the next
 BARS, TICKS = 60, 40  # above these, devices are drawn as one outline, and only some are named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What runs are judged by, and how its values are written: shares as percent, the loss as it is."""
+
+    key: str
+
+    @property
+    def title(self) -> str:
+        return {"rouge_l": "Rouge-L"}.get(self.key, self.key.replace("_", " ").capitalize())
+
+    @property
+    def is_share(self) -> bool:
+        return self.key != "loss"
+
+    def text(self, value: float) -> str:
+        if not math.isfinite(value):
+            return "n/a"
+        return f"{100 * value:.1f}%" if self.is_share else f"{value:.3f}"
+
+    def signed(self, value: float) -> str:
+        """A difference, in percentage points for shares."""
+        if not math.isfinite(value):
+            return "n/a"
+        return (f"{100 * value:+.1f}" if self.is_share else f"{value:+.3f}").replace("-", "\N{MINUS SIGN}")
+
+    def tick(self, value: float) -> str:
+        return f"{100 * value:.4g}%" if self.is_share else f"{value:.4g}"
+
+
+def human_bytes(value: float, digits: str = "#.3g") -> str:
+    """Three digits and a decimal unit: 1 kB is 1,000 bytes."""
+    unit = 0
+    while value >= 999.5 and unit < len(UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:{digits if unit else '.0f'}}".rstrip(".") + f" {UNITS[unit]}"
+
+
+def shorten(name: str, limit: int = 22) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,19 +128,22 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
+def swatch(index: int) -> str:
+    """A strategy's colour in CSS."""
+    return colour(index).replace(INK, "currentColor")
+
+
 def draw_plots(curves: Sequence[Curve], metric: Metric) -> list[Plot]:
     """Every plot of a report; the loss has its own only where it is not what runs are judged by."""
     band = "The band is the 95% interval over devices."
-    fall = "" if metric.higher_is_better else " Lower is better."
+    fall = "" if metric.is_share else " Lower is better."
     metric_title, device_title = f"{metric.title} by round", f"{metric.title} on each device"
     plots = [_render("metric", metric_title, band + fall, lambda f: _by_round(f, curves, metric))]
     if metric.key != "loss":
         caption = "Mean loss per token on held-out examples; lower is better."
         plots.append(_render("loss", "Loss by round", caption, lambda f: _loss(f, curves)))
     caption = "Every byte up and down so far, evaluation included, over all devices; each point is an evaluated round."
-    plots.append(
-        _render("traffic", f"{metric.title} against traffic", caption, lambda f: _traffic(f, curves, metric))
-    )
+    plots.append(_render("traffic", f"{metric.title} against traffic", caption, lambda f: _traffic(f, curves, metric)))
     caption = "For one device over the whole run, evaluation included: sent up (solid) and down (hatched)."
     plots.append(_render("bytes", "Bytes per device", caption, lambda f: _bytes(f, curves)))
     caption = "Bars: after the last round; dashes: before the first. In brackets: held-out examples of the device."
@@ -118,9 +163,7 @@ def _render(key: str, title: str, caption: str, draw: Callable[[Figure], None], 
         figure.savefig(png, format="png", dpi=144, facecolor="white")
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
-    return Plot(
-        key=key, title=title, caption=caption, svg=_inline(svg.getvalue(), key), png=png.getvalue(), wide=wide
-    )
+    return Plot(key=key, title=title, caption=caption, svg=_inline(svg.getvalue(), key), png=png.getvalue(), wide=wide)
 
 
 def _inline(svg: str, key: str) -> str:
@@ -144,12 +187,12 @@ def _line_axes(figure: Figure, curves: Sequence[Curve]) -> Axes:
     """Axes with room on the right for a label each."""
     figure.set_figheight(max(HEIGHT, 1.0 + LABEL_GAP * (len(curves) + 1)))
     longest = max(len(shorten(curve.name)) for curve in curves)
-    axes = _axes(figure, left=0.7, right=0.45 + 0.085 * longest, bottom=0.55)
+    axes = _axes(figure, left=0.7, right=0.5 + 0.079 * longest, bottom=0.55)
     axes.grid(axis="y")
     return axes
 
 
-def _style(index: int) -> dict[str, object]:
+def _style(index: int) -> dict[str, Any]:
     """A strategy's look, the same in every plot."""
     return {
         "color": colour(index),
@@ -165,7 +208,7 @@ def _style(index: int) -> dict[str, object]:
 def _lines(axes: Axes, curves: Sequence[Curve], points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
     """One line per curve, named at the right edge."""
     for index, (x, y) in enumerate(points):
-        axes.plot(x, y, markevery=max(1, math.ceil(len(x) / 12)), **_style(index))  # type: ignore[arg-type]
+        axes.plot(x, y, markevery=max(1, math.ceil(len(x) / 12)), **_style(index))
     axes.margins(x=0.02)
     ends = [(x[-1], y[-1]) if x and math.isfinite(y[-1]) else None for x, y in points]
     _name_ends(axes, [curve.name for curve in curves], ends)
@@ -186,13 +229,13 @@ def _name_ends(axes: Axes, names: Sequence[str], ends: Sequence[tuple[float, flo
         if ends[index] is not None:
             thread = ([starts[index][0], x], [starts[index][1], height])
             axes.plot(*thread, color=colour(index), lw=0.8, ls=":", transform=axes.transAxes, clip_on=False)
-        axes.plot([x], [height], transform=axes.transAxes, clip_on=False, **style)  # type: ignore[arg-type]
+        axes.plot([x], [height], transform=axes.transAxes, clip_on=False, **style)
         name = shorten(names[index]) + ("" if ends[index] else " (n/a)")
         axes.text(x + 0.09 * inch, height, name, transform=axes.transAxes, va="center")
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved as little as possible (least squares) so that any two are `gap` apart, and within 0 and 1 if they fit.
+    """Heights moved as little as can be (least squares) so that all are `gap` apart, and within 0 and 1 if they fit.
 
     With the heights in order, h_i - i * gap must not fall: an isotonic regression, by pooling adjacent violators.
     """
@@ -234,7 +277,7 @@ def _round_axis(axes: Axes) -> None:
 
 def _metric_axis(axes: Axes, metric: Metric) -> None:
     axes.set_ylabel(metric.title)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: metric.tick(value)))
 
 
@@ -250,24 +293,24 @@ def _traffic(figure: Figure, curves: Sequence[Curve], metric: Metric) -> None:
     axes.set_xlabel("Bytes up and down so far (log scale)")
     axes.xaxis.set_major_locator(FixedLocator(_byte_ticks(*axes.get_xlim())))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value, ".3g")))
 
 
 def _byte_ticks(low: float, high: float) -> list[float]:
-    """At most five round numbers of bytes between two bounds, even on a log scale as far as they go."""
+    """At most four round numbers of bytes between two bounds, evenly on a log scale as far as they go."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]
         ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 5:
+        if len(ticks) <= 4:
             return ticks
-    return ticks[:: math.ceil(len(ticks) / 5)]
+    return ticks[:: math.ceil(len(ticks) / 4)]
 
 
 def _bytes(figure: Figure, curves: Sequence[Curve]) -> None:
-    figure.set_figheight(max(2.2, 0.95 + 0.55 * len(curves)))
+    figure.set_figheight(max(2.0, 0.85 + 0.55 * len(curves)))
     longest = max(len(shorten(curve.name)) for curve in curves)
-    axes = _axes(figure, left=0.3 + 0.085 * longest, right=1.1, bottom=0.5)
+    axes = _axes(figure, left=0.3 + 0.079 * longest, right=1.1, bottom=0.4)
     for index, curve in enumerate(curves):
         for offset, value, hatch in ((-0.19, curve.up, ""), (0.19, curve.down, "////")):
             face = "none" if hatch else colour(index)
@@ -281,8 +324,8 @@ def _bytes(figure: Figure, curves: Sequence[Curve]) -> None:
     axes.set_ylim(len(curves) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, max(1.0, *(max(curve.up, curve.down) for curve in curves)) * 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=STEPS))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value, ".3g")))
     axes.grid(axis="x")
 
 
@@ -291,8 +334,8 @@ def _devices(figure: Figure, curves: Sequence[Curve], metric: Metric) -> None:
     names = sorted({name for curve in curves for name in curve.after})
     examples = {name: count for curve in curves for name, count in curve.examples.items()}
     labels = [f"{shorten(name, 16)} ({examples[name]})" for name in names]
-    rows, under = len(curves), 0.25 + 0.075 * max(len(label) for label in labels)
-    figure.set_figheight(0.45 + 1.25 * rows + under)
+    rows, under = len(curves), 0.2 + 0.072 * max(len(label) for label in labels)
+    figure.set_figheight(0.3 + 1.25 * rows + under)
     height = figure.get_figheight()
     shared: Axes | None = None
     for index, curve in enumerate(curves):
@@ -301,7 +344,7 @@ def _devices(figure: Figure, curves: Sequence[Curve], metric: Metric) -> None:
         shared = shared or axes
         _device_bars(axes, curve, names, colour(index))
         axes.set_title(shorten(curve.name, 60), loc="left", size=10, pad=3)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=3, steps=STEPS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: metric.tick(value)))
         axes.grid(axis="y")
         axes.tick_params(axis="x", labelbottom=index == rows - 1, length=0)
@@ -313,11 +356,12 @@ def _devices(figure: Figure, curves: Sequence[Curve], metric: Metric) -> None:
 
 def _device_bars(axes: Axes, curve: Curve, names: Sequence[str], face: str) -> None:
     before, after = (np.array([table.get(name, np.nan) for name in names]) for table in (curve.before, curve.after))
-    x = np.arange(len(names))
+    x, heights = np.arange(len(names)), np.where(np.isfinite(after), after, 0.0)
+    alpha = 0.5 if face == INK else 1.0  # the dashes are ink too
     if len(names) > BARS:  # one path where there would be thousands
         edges = np.arange(len(names) + 1) - 0.5
-        axes.stairs(np.nan_to_num(after), edges, fill=True, color=face)
+        axes.stairs(heights, edges, fill=True, color=face, alpha=alpha)
         axes.stairs(before, edges, color=INK, linewidth=0.7, baseline=None)
         return
-    axes.bar(x, np.nan_to_num(after), width=0.72, color=face, edgecolor=INK, linewidth=0.4)
+    axes.bar(x, heights, width=0.72, alpha=alpha, color=face, edgecolor=INK, linewidth=0.4)
     axes.hlines(before, x - 0.46, x + 0.46, color=INK, linewidth=1.6)

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
+from fedloom.client import tuners
 from fedloom.protocols.config import RunConfig, build_config, contenders
-from fedloom.server.app import Plan, coordinate
+from fedloom.server.app import Plan, build_strategy, coordinate
 from fedloom.server.loop import Watcher
 from fedloom.server.pooling import interval, pool
 from fedloom.server.track import METRICS_FILE
+from fedloom.simulations.fleet import Fleet
 from fedloom.simulations.grid import InProcessGrid, pretend_nodes
 from fedloom.simulations.world import pretend_app
 
@@ -67,7 +69,9 @@ def open_folder(config: RunConfig, out: Path, *, resume: bool, force: bool) -> N
             or something that is no run at all.
     """
     existing = out / RECIPE_FILE
-    if existing.exists():
+    if existing.exists() and not any(out.rglob("round-*/run.json")):
+        shutil.rmtree(out)  # a run that failed before its first checkpoint holds nothing to keep
+    elif existing.exists():
         if not (resume or force):
             raise ValueError(f"{out} already holds a run: give --resume to go on with it or --force to start it over")
         if force:
@@ -105,6 +109,8 @@ def run_recipe(
         ValueError: for anything that the recipe, its data or the folder gets wrong.
     """
     everyone = members(config, out)
+    for member in everyone:
+        _preflight(member.config)
     open_folder(config, out, resume=resume, force=force)
     entries = [_run_member(member, out, resume=resume, watch=watch) for member in everyone]
     summary = {
@@ -121,6 +127,13 @@ def run_recipe(
     }
     (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
+
+
+def _preflight(config: RunConfig) -> None:
+    """Raise what can be known to be wrong before a folder is touched or a device is started."""
+    build_strategy(config)
+    tuners.get(config.train.tuner)
+    Fleet(config)
 
 
 def main_metric(config: RunConfig) -> str:

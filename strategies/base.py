@@ -40,7 +40,7 @@ class Strategy(Protocol):
     """
 
     def init(self, spec: ModelSpec, seed: int, devices: Sequence[DeviceReport] = ()) -> State:
-        """The state before the first round. `devices` is the whole fleet, for strategies that size a shared adapter by it."""
+        """The state before the first round; `devices` is the whole fleet, by which some strategies size the adapter."""
         ...
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:

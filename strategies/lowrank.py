@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedloom.protocols.messages import Array, LowRank, MatrixSpec, ModelSpec, Payload, unscaled
 from fedloom.strategies.spectrum import leading
 
+RECOMPRESS = 1024  # looking for a lower numerical rank in a taller stack costs more than it ever saves
 CHUNK = 256  # ranks gathered before they are added to a dense sum in one product
 
 
@@ -137,7 +138,7 @@ def _signs(v: Array) -> Array:
 
 
 def _count(s: Array, total: float, cap: int, energy: float, tol: float) -> int:
-    """How many of the singular values s to keep: the cap, the energy share or the numerical rank, whichever is first."""
+    """How many of the singular values s to keep: the cap, the energy share or the numerical rank, the least."""
     kept = min(cap, int(np.sum(s > tol * s[0])) if s.size and s[0] > 0 else 0)
     if energy < 1.0 and kept:
         share = np.cumsum(s.astype(np.float64) ** 2) / total
@@ -201,6 +202,20 @@ def recompress(delta: Delta) -> Delta:
     d_out, d_in = delta.factors.b.shape[0], delta.factors.a.shape[1]
     kept, _ = truncate(delta, min(d_out, d_in))
     return compact(Delta(factors=kept))
+
+
+def bounded(delta: Delta) -> Delta:
+    """The same matrix in bounded space: past the break-even rank recompressed if that halves it, else dense."""
+    if delta.factors is None:
+        return delta
+    limit = break_even(delta.factors.b.shape[0], delta.factors.a.shape[1])
+    if delta.dense is None and delta.factors.rank < limit:
+        return delta
+    if delta.dense is None and delta.factors.rank <= RECOMPRESS:
+        small = recompress(delta)
+        if small.dense is None and (small.factors is None or small.factors.rank <= limit / 2):
+            return small
+    return Delta(dense=delta.to_dense())
 
 
 class Accumulator:
@@ -268,9 +283,9 @@ def _add_matrices(newer: Delta, older: Delta, matrix: MatrixSpec) -> Delta:
 def add(newer: Payload, older: Payload, spec: ModelSpec) -> Payload:
     """The sum of two patch payloads, the same on a server and on a device.
 
-    Factors are stacked newest first, unscaled. Where their rank reaches the break-even, what is older turns into a dense
-    [d_out, d_in] under the module's name and the newer factors stay beside it, so that the leading rows of A are always
-    those of the newest delta; a newer term that is itself past the break-even turns dense too.
+    Factors are stacked newest first, unscaled. Where their rank reaches the break-even, what is older turns into a
+    dense [d_out, d_in] under the module's name and the newer factors stay beside it, so that the leading rows of A
+    are always those of the newest delta; a newer term that is itself past the break-even turns dense too.
 
     Raises:
         ValueError: for a name that the spec does not know.

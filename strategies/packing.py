@@ -1,7 +1,7 @@
 """A strategy's memory as named tensors and JSON: the model's spec, and payloads under a prefix.
 
-    <prefix>/b/<module>, <prefix>/a/<module>    unscaled factors, so that alpha and rank need no place of their own
-    <prefix>/dense/<name>                       dense terms
+<prefix>/b/<module>, <prefix>/a/<module>    unscaled factors, so that alpha and rank need no place of their own
+<prefix>/dense/<name>                       dense terms
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     P_v = delta_1 + ... + delta_v,    since(u) = delta_v + ... + delta_{u+1}    so that    P_u + since(u) = P_v
 
-The log keeps P_{v-1} as one sum, recompressed or dense past the break-even rank, and the newest deltas one by one for as
-long as handing them out is cheaper than handing out P_v. Its memory does not depend on clients or rounds: at most P_v, the
-newest delta, and as much again of older ones.
+The log keeps P_{v-1} as one sum, recompressed or dense past the break-even rank, and the newest deltas one by one for
+as long as handing them out is cheaper than handing out P_v. Its memory does not depend on clients or rounds: at most
+P_v, the newest delta, and as much again of older ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from fedloom.protocols.messages import Array, ModelSpec, Patch, Payload
 from fedloom.strategies.base import State
-from fedloom.strategies.lowrank import add, break_even, delta_of, payload_of, recompress
+from fedloom.strategies.lowrank import add, bounded, delta_of, payload_of
 from fedloom.strategies.packing import pack, spec_of, unpack
 
 WINDOW = 8  # deltas kept one by one, at most
@@ -29,20 +29,14 @@ def size(payload: Payload) -> int:
 
 
 def tidy(payload: Payload, spec: ModelSpec) -> Payload:
-    """The same sum with factors of more than half the break-even rank recompressed, or dense where that is smaller."""
-    deltas = {}
-    for name, matrix in spec.matrices.items():
-        delta = delta_of(payload, name)
-        limit = break_even(matrix.d_out, matrix.d_in)
-        if delta.factors is not None and (delta.dense is not None or delta.factors.rank >= limit / 2):
-            delta = recompress(delta)
-        deltas[name] = delta
+    """The same sum in bounded space: each matrix recompressed or dense past its break-even rank."""
+    deltas = {name: bounded(delta_of(payload, name)) for name in spec.matrices}
     return payload_of(deltas, {name: payload.dense[name] for name in spec.dense if name in payload.dense})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchLog:
-    """The accumulated patch at `version`: `older` is all but the newest delta, `recent` the last deltas, newest first."""
+    """The patch at `version`: `older` is all but the newest delta, `recent` the last deltas, newest first."""
 
     spec: ModelSpec
     version: int = 0
@@ -67,27 +61,29 @@ class PatchLog:
         return PatchLog(spec=self.spec, version=self.version + 1, older=older, recent=tuple(recent))
 
     def since(self, version: int) -> Patch | None:
-        """What takes a model from `version` to the newest; None when there is nothing to merge.
+        """What takes a model from `version` to the newest; None while the newest is the base itself.
+
+        A device that is up to date gets an empty payload: a task always names the version that its model must be at.
+
+        The whole patch, with since = 0, where the window does not reach, where it is smaller, and for a device that is
+        ahead of the log (of a server that went back to a checkpoint).
 
         Raises:
-            ValueError: for a version that is yet to come.
+            ValueError: for a negative version.
         """
-        if not 0 <= version <= self.version:
-            raise ValueError(f"a device's version must be in 0..{self.version}, got {version}")
-        missed = self.version - version
-        if missed == 0:
+        if version < 0:
+            raise ValueError(f"a device's version must be >= 0, got {version}")
+        total, missed = self.total, self.version - version
+        if not total:
             return None
-        total = self.total
-        if version and missed <= len(self.recent):
+        if missed == 0:
+            return Patch(base_hash=self.spec.base_hash, since=version, version=version, payload=Payload())
+        if missed > 0 and version and missed <= len(self.recent):
             payload = self.recent[missed - 1]
             for newer in reversed(self.recent[: missed - 1]):
                 payload = add(newer, payload, self.spec)
-            if not payload:
-                return None
-            if size(payload) <= size(total):
+            if missed == 1 or size(payload) <= size(total):
                 return Patch(base_hash=self.spec.base_hash, since=version, version=self.version, payload=payload)
-        if not total:
-            return None
         return Patch(base_hash=self.spec.base_hash, since=0, version=self.version, payload=total)
 
     def tensors(self) -> dict[str, Array]:

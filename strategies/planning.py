@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedloom.protocols.messages import Array, DeviceReport, Kind, LowRank, ModelSpec, Patch, Payload, Start, Task
+from fedloom.protocols.messages import Array, DeviceReport, Kind, LowRank, ModelSpec, Patch, Start, Task
 from fedloom.strategies.base import Scaling, State
 from fedloom.strategies.patchlog import read_log
 
@@ -13,6 +13,12 @@ from fedloom.strategies.patchlog import read_log
 def catch_up(state: State, since: int) -> Patch | None:
     """What a device that last saw version `since` needs; None when it needs nothing merged."""
     return read_log(state).since(since)
+
+
+def patches(state: State, devices: Sequence[DeviceReport]) -> dict[int, Patch | None]:
+    """The patch for each version that these devices hold: devices at one version share one object."""
+    log = read_log(state)
+    return {version: log.since(version) for version in sorted({report.version for report in devices})}
 
 
 def check_rank(device: str, rank: int, spec: ModelSpec) -> None:
@@ -28,9 +34,9 @@ def check_rank(device: str, rank: int, spec: ModelSpec) -> None:
 
 
 def training_task(
-    state: State, report: DeviceReport, spec: ModelSpec, scaling: Scaling, *, round: int, rank: int, **fields: Any
+    report: DeviceReport, spec: ModelSpec, scaling: Scaling, *, round: int, rank: int, **fields: Any
 ) -> Task:
-    """One training task, with the patch that its device lacks.
+    """One training task for a device; `fields` are the rest of the Task's.
 
     Raises:
         ValueError: for a rank that a matrix does not have, with the names of the device and of the module.
@@ -42,7 +48,6 @@ def training_task(
         rank=rank,
         alpha=scaling.alpha_for(rank),
         rslora=scaling.rslora,
-        patch=catch_up(state, report.version),
         state_round=report.state_round,
         **fields,
     )
@@ -50,6 +55,7 @@ def training_task(
 
 def patch_evaluation(state: State, devices: Sequence[DeviceReport], round: int, scaling: Scaling) -> list[Task]:
     """Evaluation of base and patch alone: a fresh adapter is zero."""
+    held = patches(state, devices)
     return [
         Task(
             device=report.device,
@@ -59,7 +65,7 @@ def patch_evaluation(state: State, devices: Sequence[DeviceReport], round: int, 
             alpha=scaling.alpha_for(max(report.rank, 1)),
             rslora=scaling.rslora,
             start_from=Start.FRESH,
-            patch=catch_up(state, report.version),
+            patch=held[report.version],
             state_round=report.state_round,
         )
         for report in devices
@@ -67,21 +73,20 @@ def patch_evaluation(state: State, devices: Sequence[DeviceReport], round: int, 
 
 
 def given_evaluation(
-    state: State, devices: Sequence[DeviceReport], round: int, adapter: Payload, **fields: Any
+    state: State, devices: Sequence[DeviceReport], round: int, scaling: Scaling, rank: int, **fields: Any
 ) -> list[Task]:
-    """Evaluation of one global adapter, whole, on every device."""
-    term = next(iter(adapter.factors.values()))
+    """Evaluation of one global adapter of this rank, whole, on every device; `fields` are the rest of the Task's."""
+    held = patches(state, devices)
     return [
         Task(
             device=report.device,
             round=round,
             kind=Kind.EVALUATE,
-            rank=term.rank,
-            alpha=term.alpha,
-            rslora=term.rslora,
+            rank=rank,
+            alpha=scaling.alpha_for(rank),
+            rslora=scaling.rslora,
             start_from=Start.GIVEN,
-            start=adapter,
-            patch=catch_up(state, report.version),
+            patch=held[report.version],
             state_round=report.state_round,
             **fields,
         )
@@ -105,3 +110,10 @@ def fleet_ranks(option: int, devices: Sequence[DeviceReport], name: str) -> list
     if not devices:
         raise ValueError(f"{name} must be told its option rank >= 1 or the fleet's devices, got neither")
     return [report.rank for report in devices]
+
+
+def check_reach(devices: Sequence[DeviceReport], rank: int) -> None:
+    """Raise ValueError for a device that cannot train a shared rank."""
+    for report in devices:
+        if report.rank < rank:
+            raise ValueError(f"{report.device} must train the shared rank {rank}, got a largest rank of {report.rank}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: tests ask no hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

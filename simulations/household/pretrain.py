@@ -12,16 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fedloom.simulations.household.general import general_examples
-from fedloom.simulations.household.grammar import Example
-from fedloom.simulations.household.tokenizer import train_tokenizer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedloom.simulations.household.general import general_examples
+from fedloom.simulations.household.grammar import Example
+from fedloom.simulations.household.tokenizer import train_tokenizer
+
 VOCAB_SIZE, TOKENIZER_EXAMPLES, MAX_LENGTH = 1536, 20_000, 256
-STEPS, BATCH, WARMUP = 3600, 64, 150
+STEPS, BATCH, WARMUP = 2400, 64, 150
 BUCKET = 16  # batches drawn and sorted by length together
 PEAK_RATE, FINAL_SHARE = 2e-3, 0.02
 PROMPT_WEIGHT = 0.1
@@ -148,8 +149,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=2, help="fewer are faster on a busy machine")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     pretrain(options.out, options.seed, options.steps)
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.server.pooling import interval, pool
@@ -38,6 +38,7 @@ def _fleet(devices: int, seed: int = 0) -> list[dict[str, float]]:
 examples = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 50), st.floats(0, 1e3)), min_size=1, max_size=10)
 
 
+@settings(deadline=None)
 @given(st.lists(examples, min_size=1, max_size=6))
 def test_pooled_means_are_those_of_one_evaluation_over_everybody(devices: list[list[tuple[int, int, float]]]) -> None:
     reports = [_device(*(list(column) for column in zip(*device, strict=True))) for device in devices]  # type: ignore[arg-type]
@@ -62,7 +63,7 @@ def test_nothing_to_pool() -> None:
     assert interval([], "exact_match", seed=0) == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("metric", ["exact_match", "loss"])
+@pytest.mark.parametrize("metric", ["exact_match", "loss", "token_accuracy"])
 @pytest.mark.parametrize("seed", range(5))
 def test_an_interval_contains_the_pooled_value(metric: str, seed: int) -> None:
     fleet = _fleet(12, seed)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.simulations.partition import by_key, dirichlet, iid, quantity
@@ -31,6 +31,7 @@ def _generator(seed: int) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("name", DEALS)
+@settings(deadline=None)
 @given(devices=st.integers(1, 12), extra=st.integers(0, 60), alpha=alphas, seed=st.integers(0, 2**32))
 def test_every_index_is_dealt_once_and_nobody_is_short(
     name: str, devices: int, extra: int, alpha: float, seed: int
@@ -68,6 +69,7 @@ def test_there_must_be_a_device(name: str) -> None:
         DEALS[name](60, 0, 0.5, _generator(0))
 
 
+@settings(deadline=None)
 @given(devices=st.integers(1, 8), least=st.integers(0, 9), seed=st.integers(0, 2**32))
 def test_quantity_leaves_everybody_at_least_what_was_asked(devices: int, least: int, seed: int) -> None:
     deal = quantity(max(1, least * devices), devices, 0.01, _generator(seed), least=least)
@@ -116,6 +118,7 @@ def test_a_smaller_alpha_spreads_amounts_more() -> None:
     assert spreads[-1] < 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdef"), max_size=60), st.integers(1, 6))
 def test_by_key_gives_each_device_all_of_one_owner_the_largest_first(owners: list[str], devices: int) -> None:
     able = [owner for owner in set(owners) if owners.count(owner) >= 2]

@@ -1,0 +1,94 @@
+"""Messages with every field set, and how to compare them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedloom.protocols.messages import Hello, LowRank, Patch, Payload, Refusal, Task, Update
+
+
+def filled(hint: Any, path: str, count: Iterator[int]) -> Any:
+    """A value of a type that no other field has: built from the type alone, so that a new field needs nothing here."""
+    if path.endswith(".wire"):
+        return "bf16"
+    if hint is LowRank:
+        rank, start = 2, next(count)
+        values = start + np.arange(8 * rank, dtype=np.float32)
+        return LowRank(
+            b=values[: 5 * rank].reshape(5, rank), a=values[5 * rank :].reshape(rank, 3), alpha=7.5, rslora=True
+        )
+    if hint is Patch:
+        return Patch(
+            base_hash=f"hash {next(count)}", since=3, version=next(count), payload=filled(Payload, path, count)
+        )
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        made = {}
+        for field in dataclasses.fields(typing.cast(Any, hint)):
+            made[field.name] = filled(hints[field.name], f"{path}.{field.name}", count)
+            if isinstance(field.default, bool):
+                made[field.name] = not field.default
+        return hint(**made)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return {f"z {next(count)}": filled(inner[1], path, count), f"a {next(count)}": filled(inner[1], path, count)}
+    if origin is tuple:
+        return tuple(filled(inner[0], path, count) for _ in range(3))
+    if origin is typing.Annotated or origin in (typing.Union, types.UnionType):
+        return filled(inner[0], path, count)
+    if origin is np.ndarray:
+        return (next(count) + np.arange(6, dtype=np.float32)).reshape(2, 3)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return list(hint)[-1]
+    makers: dict[Any, Callable[[int], Any]] = {
+        str: lambda n: f"text {n} \u00fc",
+        int: lambda n: n,
+        float: lambda n: n + 0.25,
+        bool: bool,
+    }
+    return makers[hint](next(count))
+
+
+def plain(value: Any) -> Any:
+    """A message as nested lists, so that == compares it whole, the order of mappings included."""
+    if isinstance(value, np.ndarray):
+        return ["array", value.shape, value.astype(np.float32).tolist()]
+    if dataclasses.is_dataclass(value):
+        return [[field.name, plain(getattr(value, field.name))] for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        return [[key, plain(entry)] for key, entry in value.items()]
+    return [type(value).__name__, value]
+
+
+def every_message() -> list[Any]:
+    return [filled(kind, kind.__name__.lower(), itertools.count(11)) for kind in (Task, Update, Hello, Refusal)]
+
+
+@pytest.fixture(params=every_message(), ids=lambda message: type(message).__name__)
+def message(request: pytest.FixtureRequest) -> Any:
+    """Each kind of message in turn, no field at its default."""
+    return request.param
+
+
+@pytest.fixture
+def task() -> Any:
+    return every_message()[0]
+
+
+@pytest.fixture
+def update() -> Any:
+    return every_message()[1]
+
+
+@pytest.fixture
+def as_plain() -> Callable[[Any], Any]:
+    return plain

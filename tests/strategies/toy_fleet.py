@@ -1,0 +1,114 @@
+"""A small model, devices that answer their tasks with noise, and the dense reference of what a round must give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedloom.protocols.messages import (
+    DeviceReport,
+    LowRank,
+    MatrixSpec,
+    ModelSpec,
+    Payload,
+    Start,
+    Task,
+    Update,
+)
+from fedloom.strategies.base import State, Strategy
+from fedloom.strategies.ffa import drop_a, fill_a
+
+SPEC = ModelSpec(
+    base_hash="toy",
+    matrices={
+        "q": MatrixSpec(d_out=24, d_in=40),
+        "c": MatrixSpec(d_out=40, d_in=20, kind="conv1d"),
+    },
+    dense={"head.weight": (3, 5)},
+)
+PLAIN = replace(SPEC, dense={})
+
+
+def reports(ranks: Sequence[int], version: int = 0) -> list[DeviceReport]:
+    return [DeviceReport(device=f"d{i}", examples=3 + i, rank=r, version=version) for i, r in enumerate(ranks)]
+
+
+def noise_payload(rng, spec, rank, alpha, *, rslora=False, dtype=np.float64) -> Payload:
+    factors = {
+        name: LowRank(
+            b=rng.standard_normal((m.d_out, rank)).astype(dtype),
+            a=rng.standard_normal((rank, m.d_in)).astype(dtype),
+            alpha=alpha,
+            rslora=rslora,
+        )
+        for name, m in spec.matrices.items()
+    }
+    return Payload(factors=factors, dense={n: rng.standard_normal(s).astype(dtype) for n, s in spec.dense.items()})
+
+
+def update_of(payload: Payload, device: str = "d0", examples: int = 1, round: int = 0) -> Update:
+    return Update(device=device, round=round, examples=examples, payload=payload)
+
+
+def answer(task: Task, spec: ModelSpec, rng, examples: int, dtype=np.float64) -> Update:
+    """What a device might send: noise around what it was given."""
+    if not task.send:
+        return Update(device=task.device, round=task.round, examples=examples)
+    payload = noise_payload(rng, spec, task.rank, task.alpha, rslora=task.rslora, dtype=dtype)
+    if task.start_from is Start.GIVEN:
+        start = task.start if task.shared_a_seed is None else fill_a(task.start, task.shared_a_seed, spec)
+        factors = {
+            name: replace(
+                term,
+                b=(term.b + 0.3 * start.factors[name].b).astype(dtype),
+                a=(start.factors[name].a + (0.3 * term.a if task.train_a else 0)).astype(dtype),
+            )
+            for name, term in payload.factors.items()
+        }
+        payload = Payload(factors=factors, dense=payload.dense)
+    if task.shared_a_seed is not None:
+        payload = drop_a(payload)
+    return update_of(payload, task.device, examples, task.round)
+
+
+def answers(strategy: Strategy, state: State, devices, spec, rng, round=0, dtype=np.float64) -> list[Update]:
+    return [
+        answer(task, spec, rng, 2 + 3 * i, dtype) for i, task in enumerate(strategy.plan(state, devices, round))
+    ]
+
+
+def dense_of(payload: Payload, spec: ModelSpec = SPEC) -> dict[str, np.ndarray]:
+    """Every matrix and head of a payload, dense float64; zero where it has none."""
+    out = {name: np.zeros((m.d_out, m.d_in)) for name, m in spec.matrices.items()}
+    out |= {name: np.zeros(shape) for name, shape in spec.dense.items()}
+    for name, term in payload.factors.items():
+        out[name] = out[name] + term.scale * (term.b.astype(np.float64) @ term.a.astype(np.float64))
+    for name, value in payload.dense.items():
+        out[name] = out[name] + value
+    return out
+
+
+def exact_mean(updates: Iterable[Update], spec: ModelSpec = SPEC, weights=None) -> dict[str, np.ndarray]:
+    """sum_k p_k s_k B_k A_k, dense float64, and the heads' p_k-weighted mean."""
+    updates = list(updates)
+    n = np.array([u.examples for u in updates] if weights is None else weights, float)
+    parts = [dense_of(u.payload, spec) for u in updates]
+    return {name: sum(p * d[name] for p, d in zip(n / n.sum(), parts, strict=True)) for name in parts[0]}
+
+
+
+def close(x: dict[str, np.ndarray], y: dict[str, np.ndarray], tol: float = 1e-6) -> None:
+    assert x.keys() == y.keys()
+    for name in x:
+        scale = max(np.linalg.norm(x[name]), np.linalg.norm(y[name]), 1e-30)
+        error = np.linalg.norm(x[name] - y[name]) / scale
+        assert error <= tol, f"{name}: relative difference {error:.2e}"
+
+
+def merge(into: dict[str, np.ndarray], payload: Payload, spec: ModelSpec = SPEC) -> dict[str, np.ndarray]:
+    delta = dense_of(payload, spec)
+    return {name: into[name] + delta[name] for name in into}
+
+
