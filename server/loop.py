@@ -83,6 +83,7 @@ class Coordinator:
             ValueError: when devices, checkpoint and recipe do not fit together, or a round gets too few updates.
         """
         self._watcher = watcher or Silent()
+        self._out.mkdir(parents=True, exist_ok=True)
         self._roster = Roster(self._greet())
         state, done = self._begin(resume)
         trackers = open_trackers(self._config, self._out, self._run, after_round=done if done >= 0 else None)
@@ -125,7 +126,9 @@ class Coordinator:
 
     def _begin(self, resume: bool) -> tuple[State, int]:
         """The state to start from and the round it stands after; -1 before anything was evaluated."""
-        checkpoint, complaints = latest_checkpoint(self._out / CHECKPOINTS) if resume else (None, [])
+        checkpoint, complaints = latest_checkpoint(self._out / CHECKPOINTS)
+        if checkpoint is not None and not resume:
+            raise ValueError(f"{self._out} already holds a run: resume it or choose another folder")
         for complaint in complaints:
             log.warning("%s; going back to the one before", complaint)
         if checkpoint is None:

@@ -1,7 +1,8 @@
 """What `flwr run .` starts: the same server loop and the same devices, on Flower's own simulation engine.
 
 Run config: `recipe` names an embedded recipe or a TOML file, `settings` overrides its keys ("train.lr=0.01 seed=1"),
-`out` is the folder for checkpoints and metrics. There are as many devices as SuperNodes.
+`out` is the folder for checkpoints and metrics (a new one in ~/.fedloom/flower if empty), `resume` goes on with the run
+in it. There are as many devices as SuperNodes.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ def _world(recipe: str, settings: str, out: str, devices: int) -> World:
 
 def _asked(context: Context) -> tuple[str, str, str]:
     config = context.run_config
-    return str(config["recipe"]), str(config["settings"]), str(Path(str(config["out"])).expanduser())
+    out = str(config["out"]) or f"~/.fedloom/flower/run-{context.run_id}"
+    return str(config["recipe"]), str(config["settings"]), str(Path(out).expanduser())
 
 
 def _prepare(context: Context) -> Plan:
     recipe, settings, out = _asked(context)
     config = _config(recipe, settings)
-    return Plan(config=config, out=Path(out), run=run_name(config))
+    return Plan(config=config, out=Path(out), run=run_name(config), resume=bool(context.run_config["resume"]))
 
 
 def _open_device(context: Context) -> Device:

@@ -202,7 +202,10 @@ def test_a_base_that_changed_since_the_checkpoint_is_refused(
         ({"strategy.rank_capp": 3}, "unknown option 'rank_capp' of strategy fedloom: did you mean 'rank_cap'"),
         ({"train.tuner": "lorra"}, "got 'lorra': did you mean 'lora'"),
         ({"data.source": "nowhere.jsonl"}, "nowhere.jsonl"),
-        ({"fleet.ranks": [64]}, r"rank of device-0\d must be <= 32 for model.layers.0.mlp.down_proj \(32 x 64\), got 64"),
+        (
+            {"fleet.ranks": [64]},
+            r"rank of device-0\d must be <= 32 for model.layers.0.mlp.down_proj \(32 x 64\), got 64",
+        ),
         ({"lora.targets": ["qqq"]}, "qqq"),
         ({"fleet.devices": 30}, "needs at least|2 examples"),
         ({"fleet.partition": "natural"}, "'data.source' and 'fleet.partition' must fit"),

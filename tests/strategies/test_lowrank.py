@@ -68,7 +68,12 @@ def whole(rng, form, d_out, d_in, rank, dtype=np.float64):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.sampled_from(["factors", "dense", "both"]), sizes, sizes, st.integers(1, 40), st.integers(1, 12), st.integers(0, 99)
+    st.sampled_from(["factors", "dense", "both"]),
+    sizes,
+    sizes,
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.integers(0, 99),
 )
 def test_truncation_is_the_best_rank_r_approximation(form, d_out, d_in, rank, cap, seed):
     delta = whole(np.random.default_rng(seed), form, d_out, d_in, rank)
@@ -196,7 +201,11 @@ def test_bounded_keeps_the_sum_and_the_smaller_form():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50), st.floats(0.5, 64), st.booleans()), min_size=1, max_size=9))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 50), st.floats(0.5, 64), st.booleans()), min_size=1, max_size=9
+    )
+)
 def test_the_accumulator_is_the_weighted_sum(parts):
     rng = np.random.default_rng(0)
     total, reference = Accumulator(MatrixSpec(d_out=24, d_in=40)), np.zeros((24, 40))
@@ -232,7 +241,7 @@ def test_patches_add_and_keep_the_newest_factors_in_front(ranks):
 
 
 def test_a_patch_with_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="must name what the model has, got \\['head.weight'\\]"):
+    with pytest.raises(ValueError, match=r"must name what the model has, got \['head.weight'\]"):
         add(noise_payload(np.random.default_rng(0), SPEC, 1, 1.0), Payload(), PLAIN)
 
 

@@ -84,9 +84,15 @@ def test_a_device_ahead_of_the_log_gets_the_whole_patch():
     assert patch is not None
     assert (patch.since, patch.version) == (0, 3)
     close(dense_of(patch.payload), sums(deltas)[-1], 1e-12)
-    assert logs[0].since(5) is not None
     with pytest.raises(ValueError, match="must be >= 0"):
         logs[-1].since(-1)
+
+
+def test_an_up_to_date_device_is_told_so():
+    log = grow(3, [2])[0][-1]
+    patch = log.since(3)
+    assert patch is not None
+    assert (patch.since, patch.version, bool(patch.payload)) == (3, 3, False)
 
 
 def test_empty_rounds_need_no_patch():
@@ -105,4 +111,4 @@ def test_a_log_survives_its_state():
         assert (x is None) == (y is None)
         if x is not None and y is not None:
             assert x.since == y.since
-            close(dense_of(x.payload), dense_of(y.payload), 0.0)
+            close(dense_of(x.payload), dense_of(y.payload), 1e-15)

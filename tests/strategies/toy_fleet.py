@@ -74,9 +74,7 @@ def answer(task: Task, spec: ModelSpec, rng, examples: int, dtype=np.float64) ->
 
 
 def answers(strategy: Strategy, state: State, devices, spec, rng, round=0, dtype=np.float64) -> list[Update]:
-    return [
-        answer(task, spec, rng, 2 + 3 * i, dtype) for i, task in enumerate(strategy.plan(state, devices, round))
-    ]
+    return [answer(task, spec, rng, 2 + 3 * i, dtype) for i, task in enumerate(strategy.plan(state, devices, round))]
 
 
 def dense_of(payload: Payload, spec: ModelSpec = SPEC) -> dict[str, np.ndarray]:
@@ -98,7 +96,6 @@ def exact_mean(updates: Iterable[Update], spec: ModelSpec = SPEC, weights=None) 
     return {name: sum(p * d[name] for p, d in zip(n / n.sum(), parts, strict=True)) for name in parts[0]}
 
 
-
 def close(x: dict[str, np.ndarray], y: dict[str, np.ndarray], tol: float = 1e-6) -> None:
     assert x.keys() == y.keys()
     for name in x:
@@ -110,5 +107,3 @@ def close(x: dict[str, np.ndarray], y: dict[str, np.ndarray], tol: float = 1e-6)
 def merge(into: dict[str, np.ndarray], payload: Payload, spec: ModelSpec = SPEC) -> dict[str, np.ndarray]:
     delta = dense_of(payload, spec)
     return {name: into[name] + delta[name] for name in into}
-
-
