@@ -3,7 +3,7 @@
     python benchmarks/aggregate.py                     # 32 layers, d = 4096: 64 matrices; about 5 minutes and 12 GB
     python benchmarks/aggregate.py --layers 2 --json   # 4 matrices, the rest extrapolated
 
-Two rounds go through the real `fedloom` strategy, the second with the first one's residual. Beside them: a dense SVD
+The rounds go through the real `fedloom` strategy, each with the residual of the one before. Beside them: a dense SVD
 of one of the same matrices, extrapolated to all. The time that the pretend clients need to make their updates is not
 counted.
 """
@@ -72,7 +72,8 @@ class Clients:
         terms = [self.term(round, client, module) for client in range(len(RANKS))]
         b = np.concatenate([t.b for t in terms], axis=1)
         a = np.concatenate([t.a * (w * t.scale / weights.sum()) for t, w in zip(terms, weights, strict=True)])
-        return b @ a
+        product: Array = b @ a
+        return product
 
 
 def one_round(strategy: Fedloom, clients: Clients, state: State, round: int) -> tuple[State, float]:
@@ -116,22 +117,22 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure(layers: int, d: int, cap: int, spectrum: str, *, svd: bool) -> dict[str, Any]:
-    """Two rounds, and the dense SVD beside them."""
+def measure(layers: int, d: int, cap: int, spectrum: str, *, rounds: int, svd: bool) -> dict[str, Any]:
+    """The rounds, and the dense SVD beside them."""
     result: dict[str, Any] = {"machine": machine(), "layers": layers, "d": d, "cap": cap, "spectrum": spectrum}
     clients, strategy = Clients(layers, d, spectrum), Fedloom(rank_cap=cap)
     np.ones((256, 256), np.float32) @ np.ones((256, 256), np.float32)  # wakes the BLAS threads
-    first, seconds = one_round(strategy, clients, strategy.init(clients.spec, 0), 0)
-    result["rounds"] = [{"seconds": seconds, "peak_rss_gb": peak_gb()}]
-    name = next(iter(clients.spec.matrices))
-    sent = strategy.adapter(first).factors[name]
-    _, seconds = one_round(strategy, clients, first, 1)
-    result["rounds"].append({"seconds": seconds, "peak_rss_gb": peak_gb()})
+    state, result["rounds"] = strategy.init(clients.spec, 0), []
+    sent: LowRank | None = None
+    for round in range(rounds):
+        state, seconds = one_round(strategy, clients, state, round)
+        result["rounds"].append({"seconds": seconds, "peak_rss_gb": peak_gb()})
+        sent = sent or strategy.adapter(state).factors[next(iter(clients.spec.matrices))]
     matrices = 2 * layers
     for entry in result["rounds"]:
         entry["per_matrix"] = entry["seconds"] / matrices
         entry["all_64"] = entry["per_matrix"] * FULL
-    if svd:
+    if svd and sent is not None:
         result["dense_svd"] = dense_svd(clients, sent)
         result["dense_svd"]["all_64"] = result["dense_svd"]["seconds"] * FULL
         result["times_faster"] = [result["dense_svd"]["seconds"] / entry["per_matrix"] for entry in result["rounds"]]
@@ -152,7 +153,7 @@ def show(result: dict[str, Any]) -> None:
         f"total rank {sum(RANKS)} capped to {result['cap']}, {result['spectrum']} spectrum"
     )
     for i, entry in enumerate(result["rounds"]):
-        what = "first round" if i == 0 else "second round (with residual)"
+        what = f"round {i + 1}" + (" (with a residual)" if i else "")
         made = "" if 2 * result["layers"] == FULL else f", {entry['all_64']:.0f} s for {FULL} (extrapolated)"
         print(
             f"{what}: {entry['seconds']:.1f} s, {entry['per_matrix']:.2f} s a matrix{made}, "
@@ -174,11 +175,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="transformer layers, two matrices each")
     parser.add_argument("--d", type=int, default=4096, help="width of a matrix")
     parser.add_argument("--cap", type=int, default=64, help="rank cap of the delta")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; from the second on there is a residual")
     parser.add_argument("--spectrum", choices=("decaying", "flat"), default="decaying", help="flat is the hardest case")
     parser.add_argument("--no-svd", action="store_true", help="leave out the dense SVD (a minute)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    result = measure(args.layers, args.d, args.cap, args.spectrum, svd=not args.no_svd)
+    result = measure(args.layers, args.d, args.cap, args.spectrum, rounds=args.rounds, svd=not args.no_svd)
     if args.json:
         print(json.dumps(result, indent=1))
     else:

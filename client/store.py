@@ -1,30 +1,37 @@
 """What a device keeps on disk: the accumulated patch at its latest versions, and its own adapters of its last rounds.
 
-    patch_dir/v{version}.safetensors   the accumulated payload, and `warm/{module}`: first rows of the newest delta's A
-    state_dir/r{round}.safetensors     the adapter (and head) that the device ended a round with
+    patch_dir/v{version}-{lineage}.safetensors   the accumulated payload; `warm/{module}`: leading rows of the newest A
+    state_dir/held.json                          which lineage of each version this device holds
+    state_dir/r{round}.safetensors               the adapter (and head) that the device ended a round with
 
-A file is written whole or not at all, and says in its header which run it belongs to; one of another run counts as
-absent. A version made from another patch than the one at hand (of a server that went back) is made anew.
+A version's lineage is a hash of every payload that led to it. Devices that reach a version by different ways (round by
+round, or at once from the base) hold the same model up to float32 rounding but not to the last bit, so each way has a
+file of its own: in a simulation devices share `patch_dir`, one file serves all that came the same way, and no device's
+bits depend on which process was first. A file is written whole or not at all.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from fedloom.client.patching import BASE
-from fedloom.client.tensorfile import digest_payload, read_header, read_payload, write_payload
+from fedloom.client.tensorfile import digest_payload, read_payload, write_payload, write_whole
 from fedloom.protocols.messages import Array, ModelSpec, Patch, Payload
 from fedloom.strategies.lowrank import add
 
 WARM_ROWS = 64
 PATCHES_KEPT = 8  # versions kept below the newest
 STATES_KEPT = 2
-CACHED = 2  # patches in memory, shared by the devices of a process
+HELD_FILE = "held.json"
+CACHED = 4  # patches in memory, shared by the devices of a process
 
 
 class StaleVersion(ValueError):  # noqa: N818 - a refusal, named for what the server does about it
@@ -36,21 +43,12 @@ class StaleVersion(ValueError):  # noqa: N818 - a refusal, named for what the se
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """What a version was made from: the version before, and a digest of the payload that came."""
-
-    since: int
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Held:
     """The global model at one version: the accumulated payload, and where the next adapters may start."""
 
     version: int
     payload: Payload = field(default_factory=Payload)
     warm: Mapping[str, Array] = field(default_factory=dict)  # module: [up to WARM_ROWS, d_in]
-    source: Source | None = None  # the patch that it was made from; None for the base
     key: Hashable = BASE  # the same key means the same content
 
 
@@ -60,15 +58,9 @@ _cache: OrderedDict[Hashable, Held] = OrderedDict()
 class DeviceStore:
     """One device's files."""
 
-    def __init__(self, patch_dir: Path, state_dir: Path, *, shared: bool = False) -> None:
-        """The folders are made when something is first written.
-
-        Args:
-            shared: whether other devices use `patch_dir` too, as in a simulation. A version that one of them made on
-                another way (from the base, say, rather than from the version before) then serves all: the same up to
-                float32 rounding, and merged into the resident model only once.
-        """
-        self.patch_dir, self.state_dir, self._shared = Path(patch_dir), Path(state_dir), shared
+    def __init__(self, patch_dir: Path, state_dir: Path) -> None:
+        """The folders are made when something is first written; devices of a simulation share `patch_dir`."""
+        self.patch_dir, self.state_dir = Path(patch_dir), Path(state_dir)
 
     def take(self, patch: Patch | None, spec: ModelSpec, run: str) -> Held:
         """The version that a task asks for, added up and written down if it is new. No patch means the base itself.
@@ -85,25 +77,24 @@ class DeviceStore:
             )
         if patch.version == 0:
             return Held(version=0)
-        source = Source(since=patch.since, digest=digest_payload(patch.payload))
+        before = self._lineages(run).get(patch.since, "") if patch.since else "base"
+        if patch.since == patch.version:
+            return self._load(patch.since, before) or self._stale(patch.since, run)
+        lineage = _lineage(run, before, patch)
         try:
-            held = self._load(patch.version, run)
+            held = self._load(patch.version, lineage)
         except ValueError:
-            if patch.since:
-                raise
-            held = None  # a whole patch heals a corrupted file
-        if held is not None and (patch.since == patch.version or self._trusts(held.source, source)):
-            return held
-        made = self._advance(patch, spec, run)
-        self._write_patch(made, source, run)
-        return self._load(patch.version, run) or made
+            held = None  # corrupted: made again
+        if held is None:
+            self._write_patch(self._advance(patch, spec, run, before), lineage)
+            held = self._load(patch.version, lineage)
+        self._hold(run, patch.version, lineage)
+        return held or self._stale(patch.version, run)
 
     def newest_version(self, run: str | None = None) -> int:
-        """The newest version on disk (of `run`, if given); 0 for the base."""
-        for version in sorted(_numbers(self.patch_dir, "v"), reverse=True):
-            if run is None or read_header(self._patch_path(version)).get("run") == run:
-                return version
-        return 0
+        """The newest version held (of `run`, if given); 0 for the base."""
+        lineages = self._lineages(run)
+        return max((v for v, lineage in lineages.items() if self._patch_path(v, lineage).exists()), default=0)
 
     def newest_state(self) -> int:
         """The last round whose adapter is on disk; 0 for none."""
@@ -125,51 +116,69 @@ class DeviceStore:
         for number in set(rounds) - set(keep):
             (self.state_dir / f"r{number}.safetensors").unlink(missing_ok=True)
 
-    def _trusts(self, held: Source | None, asked: Source) -> bool:
-        """Whether a version on disk is the one that a patch makes."""
-        return held == asked or (self._shared and held is not None and held.since != asked.since)
+    def _lineages(self, run: str | None) -> dict[int, str]:
+        """The lineage of each version that this device holds; none of another run's."""
+        try:
+            noted = json.loads((self.state_dir / HELD_FILE).read_text(encoding="utf-8"))
+            known: dict[int, str] = {int(version): str(lineage) for version, lineage in noted["lineages"].items()}
+            return known if run in (None, noted["run"]) else {}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.state_dir / HELD_FILE} is corrupted: {error}") from None
 
-    def _advance(self, patch: Patch, spec: ModelSpec, run: str) -> Held:
+    def _hold(self, run: str, version: int, lineage: str) -> None:
+        """Note a version as held, and forget those that are too old to matter."""
+        lineages = self._lineages(run)
+        if lineages.get(version) == lineage:
+            return
+        kept = {v: known for v, known in lineages.items() if v >= version - PATCHES_KEPT} | {version: lineage}
+        write_whole(self.state_dir / HELD_FILE, json.dumps({"run": run, "lineages": kept}).encode())
+
+    def _stale(self, asked: int, run: str) -> NoReturn:
+        version = self.newest_version(run)
+        raise StaleVersion(f"the patch must build on a version held here ({version}), got {asked}", version)
+
+    def _advance(self, patch: Patch, spec: ModelSpec, run: str, before: str) -> Held:
         """P_v from P_s and what came since."""
         warm = {name: np.asarray(factor.a[:WARM_ROWS], np.float32) for name, factor in patch.payload.factors.items()}
         if patch.since == 0:
-            return Held(version=patch.version, payload=patch.payload, warm=warm, key=object())
-        older = self._load(patch.since, run)
-        if older is None:
-            version = self.newest_version(run)
-            raise StaleVersion(f"the patch must build on a version held here ({version}), got {patch.since}", version)
+            return Held(version=patch.version, payload=patch.payload, warm=warm)
+        older = self._load(patch.since, before) or self._stale(patch.since, run)
         if not patch.payload:
-            return Held(version=patch.version, payload=older.payload, warm=older.warm, key=object())
-        total = add(patch.payload, older.payload, spec)
-        return Held(version=patch.version, payload=total, warm=warm, key=object())
+            return Held(version=patch.version, payload=older.payload, warm=older.warm)
+        return Held(version=patch.version, payload=add(patch.payload, older.payload, spec), warm=warm)
 
-    def _load(self, version: int, run: str) -> Held | None:
-        path = self._patch_path(version)
+    def _load(self, version: int, lineage: str) -> Held | None:
+        path = self._patch_path(version, lineage)
         try:
             stat = path.stat()
         except FileNotFoundError:
             return None
-        key = (str(path), run, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        key = (str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if key not in _cache:
-            payload, warm, meta = read_payload(path)
-            if meta["run"] != run:
-                return None
-            source = Source(since=meta["since"], digest=meta["digest"])
-            _cache[key] = Held(version=version, payload=payload, warm=warm, source=source, key=key)
+            payload, warm, _ = read_payload(path)
+            _cache[key] = Held(version=version, payload=payload, warm=warm, key=key)
             while len(_cache) > CACHED:
                 _cache.popitem(last=False)
         _cache.move_to_end(key)
         return _cache[key]
 
-    def _write_patch(self, held: Held, source: Source, run: str) -> None:
-        meta = {"run": run, "version": held.version, "since": source.since, "digest": source.digest}
-        write_payload(self._patch_path(held.version), held.payload, held.warm, meta)
-        for version in _numbers(self.patch_dir, "v"):
-            if version < held.version - PATCHES_KEPT:
-                self._patch_path(version).unlink(missing_ok=True)
+    def _write_patch(self, held: Held, lineage: str) -> None:
+        write_payload(self._patch_path(held.version, lineage), held.payload, held.warm, {"version": held.version})
+        for path in self.patch_dir.glob("v*-*.safetensors"):
+            version = path.name[1:].partition("-")[0]
+            if version.isdecimal() and int(version) < held.version - PATCHES_KEPT:
+                path.unlink(missing_ok=True)
 
-    def _patch_path(self, version: int) -> Path:
-        return self.patch_dir / f"v{version}.safetensors"
+    def _patch_path(self, version: int, lineage: str) -> Path:
+        return self.patch_dir / f"v{version}-{lineage}.safetensors"
+
+
+def _lineage(run: str, before: str, patch: Patch) -> str:
+    """The name of the way to a version: all that went into it."""
+    way = f"{run}|{before}|{patch.since}|{patch.version}|{patch.base_hash}|{digest_payload(patch.payload)}"
+    return hashlib.blake2b(way.encode(), digest_size=10).hexdigest()
 
 
 def _numbers(folder: Path, letter: str) -> list[int]:

@@ -34,7 +34,7 @@ def digest_payload(payload: Payload) -> str:
 
 
 def write_payload(path: Path, payload: Payload, warm: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
-    """Write a payload atomically: another process sees the old file or the new one, and so does a restart."""
+    """Write a payload and what stands beside it."""
     tensors: dict[str, Array] = {f"dense/{name}": array for name, array in payload.dense.items()}
     tensors |= {f"warm/{name}": rows for name, rows in warm.items()}
     for name, factor in payload.factors.items():
@@ -42,11 +42,16 @@ def write_payload(path: Path, payload: Payload, warm: Mapping[str, Array], meta:
     scales = {name: [factor.alpha, factor.rslora] for name, factor in payload.factors.items()}
     contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
     frame = save(contiguous, metadata={"fedloom": json.dumps({**meta, "scales": scales}, sort_keys=True)})
+    write_whole(path, frame)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file atomically: another process sees the old file or the new one, and so does a restart."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(frame)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +45,6 @@ def make_device(tmp_path: Path, examples: list[Example]) -> Callable[..., Device
         test: Sequence[Example] | None = None,
         rank: int = 16,
         patches: str = "",
-        **options: Any,
     ) -> Device:
         resident.base.restore()
         return Device(
@@ -54,7 +52,7 @@ def make_device(tmp_path: Path, examples: list[Example]) -> Callable[..., Device
             resident=resident,
             train=examples if train is None else train,
             test=examples if test is None else test,
-            store=DeviceStore(tmp_path / (patches or name) / "patches", tmp_path / name / "state", **options),
+            store=DeviceStore(tmp_path / (patches or name) / "patches", tmp_path / name / "state"),
             rank=rank,
             data_config=config.Data(),
             eval_config=config.Evaluation(),

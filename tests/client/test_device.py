@@ -217,8 +217,8 @@ def test_a_shared_a_never_travels(llama: Resident, make_device: MakeDevice) -> N
 
 def test_devices_take_turns_on_one_model(llama: Resident, make_device: MakeDevice, payload_for: PayloadFor) -> None:
     """Two devices at different versions, with different ranks and data, answer as each would alone."""
-    one = make_device(llama, "one", train=[Example(prompt="a", completion="b")], patches="shared", shared=True)
-    two = make_device(llama, "two", patches="shared", shared=True)
+    one = make_device(llama, "one", train=[Example(prompt="a", completion="b")], patches="shared")
+    two = make_device(llama, "two", patches="shared")
     tasks = [
         (one, _task(device="one", rank=2, alpha=4.0, patch=_patch(llama, payload_for(llama.spec, 1), 0, 1))),
         (two, _task(device="two", rank=8, alpha=16.0)),

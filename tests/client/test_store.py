@@ -95,15 +95,25 @@ def test_a_version_made_anew_by_a_server_that_went_back(
     np.testing.assert_allclose(_dense(after.payload)["up"], _dense(one)["up"] + _dense(new)["up"], atol=1e-6)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_shared_version_serves_all(store: DeviceStore, payload_for: Callable[..., Payload], shared: bool) -> None:
+def test_one_file_serves_all_devices_that_came_the_same_way(
+    store: DeviceStore, payload_for: Callable[..., Payload]
+) -> None:
+    """And no device's bits depend on who was first: another way to a version is another file."""
     one, two = payload_for(SPEC, 0), payload_for(SPEC, 1)
-    stores = [DeviceStore(store.patch_dir, store.state_dir / name, shared=shared) for name in "ab"]
+    stores = [DeviceStore(store.patch_dir, store.state_dir / name) for name in "ab"]
     first = stores[0].take(_patch(one, 0, 1), SPEC, "run")
     assert stores[1].take(_patch(one, 0, 1), SPEC, "run") is first
     second = stores[0].take(_patch(two, 1, 2), SPEC, "run")
     late = stores[1].take(_patch(second.payload, 0, 2), SPEC, "run")
-    assert (late is second) is shared
+    assert late is not second
+    again = stores[0].take(_patch(Payload(), 2, 2), SPEC, "run")
+    assert again.key == second.key
+    np.testing.assert_allclose(_dense(late.payload)["up"], _dense(second.payload)["up"], atol=1e-6)
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    (path,) = folder.glob(pattern)
+    return path
 
 
 def test_a_corrupted_patch_is_named_and_healed_by_a_whole_one(
@@ -111,12 +121,27 @@ def test_a_corrupted_patch_is_named_and_healed_by_a_whole_one(
 ) -> None:
     delta = payload_for(SPEC, 0)
     store.take(_patch(delta, 0, 1), SPEC, "run")
-    path = store.patch_dir / "v1.safetensors"
+    path = _only(store.patch_dir, "v1-*.safetensors")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"v1.safetensors is .*corrupted"):
+    with pytest.raises(ValueError, match=r"v1-.*safetensors is .*corrupted"):
         store.take(_patch(payload_for(SPEC, 1), 1, 2), SPEC, "run")
     held = store.take(_patch(delta, 0, 1), SPEC, "run")
     np.testing.assert_array_equal(held.payload.factors["up"].b, delta.factors["up"].b)
+
+
+def test_a_corrupted_note_of_what_is_held_is_named(store: DeviceStore, payload_for: Callable[..., Payload]) -> None:
+    store.take(_patch(payload_for(SPEC, 0), 0, 1), SPEC, "run")
+    (store.state_dir / "held.json").write_text('{"run": "run"')
+    with pytest.raises(ValueError, match=r"held.json is corrupted"):
+        store.take(_patch(payload_for(SPEC, 1), 1, 2), SPEC, "run")
+
+
+def test_a_version_whose_file_is_gone_is_not_held(store: DeviceStore, payload_for: Callable[..., Payload]) -> None:
+    store.take(_patch(payload_for(SPEC, 0), 0, 1), SPEC, "run")
+    _only(store.patch_dir, "v1-*.safetensors").unlink()
+    assert store.newest_version("run") == 0
+    with pytest.raises(StaleVersion, match=r"held here \(0\), got 1"):
+        store.take(_patch(Payload(), 1, 1), SPEC, "run")
 
 
 def test_a_corrupted_state_is_named(store: DeviceStore, payload_for: Callable[..., Payload]) -> None:
@@ -129,7 +154,7 @@ def test_a_corrupted_state_is_named(store: DeviceStore, payload_for: Callable[..
 def test_old_patches_are_pruned(store: DeviceStore, payload_for: Callable[..., Payload]) -> None:
     for version in range(1, 13):
         store.take(_patch(payload_for(SPEC, version, 1), version - 1, version), SPEC, "run")
-    kept = sorted(int(path.stem[1:]) for path in store.patch_dir.iterdir())
+    kept = sorted(int(path.stem[1:].partition("-")[0]) for path in store.patch_dir.iterdir())
     assert kept == list(range(4, 13))
     assert store.newest_version() == 12
 
@@ -145,7 +170,7 @@ def test_states_keep_the_last_two_and_forget_an_abandoned_future(
     np.testing.assert_array_equal(nine.dense["head.weight"], payload_for(SPEC, 9).dense["head.weight"])
     assert nine.factors["up"].alpha == 6.0
     store.save_state(10, "run", payload_for(SPEC, 10))
-    assert sorted(path.stem for path in store.state_dir.iterdir()) == ["r10", "r9"]
+    assert sorted(path.stem for path in store.state_dir.glob("r*")) == ["r10", "r9"]
     assert store.load_state(9, "another") is None
     assert store.newest_state() == 10
 

@@ -45,7 +45,8 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return loaded.eval()
 
 
 def test_the_same_seed_gives_the_same_text() -> None:
@@ -107,7 +108,7 @@ def test_the_grammar_is_rich_enough() -> None:
 
 
 def test_general_text_holds_no_alias() -> None:
-    text = "\n".join(example.prompt + example.completion for example in general_examples(3000, 2))
+    text = "\n".join(example.prompt + example.completion for example in general_examples(2000, 2))
     assert [alias for table in ALIASES.values() for alias in table if mentions(text, alias)] == []
 
 
@@ -162,7 +163,7 @@ def test_the_tokenizer_keeps_text_and_is_brief(tokenizer: Any) -> None:
 
 
 def test_the_base_model_answers_the_public_but_not_aliases(model: Any, tokenizer: Any) -> None:
-    assert exact_matches(model, tokenizer, general_examples(64, 991)) >= 45
+    assert exact_matches(model, tokenizer, general_examples(64, 991)) >= 52  # measured: 59
     fleet = [example for home in FLEET for example in home.test]
     coded = [e for e in fleet if any(mentions(e.prompt, alias) for table in ALIASES.values() for alias in table)]
     assert exact_matches(model, tokenizer, coded[:64]) <= 6

@@ -1,6 +1,6 @@
 """Federated least squares with ranks 32 ... 2 and local Adam: what each merge rule is worth when devices really train.
 
-min_W sum_k tr((W - W*) C_k (W - W*)^T) / K, with W* of full rank and decaying values, and C_k of each device's own data.
+min_W sum_k tr((W - W*) C_k (W - W*)^T) / K, with W* of full rank and decaying values, C_k of each device's own data.
 """
 
 from functools import cache
