@@ -9,7 +9,9 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test check lint types test-slow bench proto docs clean
+MAKEFLAGS += --no-builtin-rules
+
+.PHONY: help demo flower test check lint types test-slow bench proto docs clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,6 +25,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed  ## Twenty unequal devices tune a language model together; five strategies side by side
 	$(BIN)/fedloom run demo --out runs/demo --force
+
+flower: $(VENV)/installed  ## The quick recipe under Flower's own simulation engine (Ray)
+	PATH="$(CURDIR)/$(BIN):$$PATH" FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
+	  flwr run . --stream --federation-config "num-supernodes=4 client-resources-num-cpus=1"
 
 check: lint types  ## Lint and types
 

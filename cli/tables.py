@@ -40,23 +40,31 @@ def show_or_json(
 
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """The table that ends a run."""
+    """The tables that end a run: how good each strategy became, and what it cost."""
     metric = str(summary["metric"]).replace("_", " ")
-    columns = ("strategy", f"{metric} before", "after", "95% interval", "loss", "up", "down", "seconds", "peak memory")
-    rows = []
+    good, cost = [], []
     for entry in summary["strategies"]:
         low, high = entry["ci95"]
-        rows.append(
+        good.append(
             (
                 entry["name"],
                 f"{entry['before']:.3f}",
                 f"{entry['after']:.3f}",
                 f"{low:.3f} to {high:.3f}",
                 f"{entry['loss_before']:.2f} → {entry['loss_after']:.2f}",
-                f"{human_bytes(entry['bytes_up'])}\n{human_bytes(entry['bytes_up_per_device'])} each",
-                f"{human_bytes(entry['bytes_down'])}\n{human_bytes(entry['bytes_down_per_device'])} each",
-                f"{entry['seconds']:.0f}",
+            )
+        )
+        cost.append(
+            (
+                entry["name"],
+                human_bytes(entry["bytes_up"]),
+                human_bytes(entry["bytes_up_per_device"]),
+                human_bytes(entry["bytes_down"]),
+                human_bytes(entry["bytes_down_per_device"]),
+                f"{entry['seconds']:.0f} s",
                 f"{entry['peak_rss_mb']:.0f} MB",
             )
         )
-    show(console, f"{summary['name']}: {summary['devices']} devices, {summary['rounds']} rounds", columns, rows)
+    size = f"{summary['devices']} devices, {summary['rounds']} rounds"
+    show(console, f"{summary['name']}: {size}", ("strategy", f"{metric} before", "after", "95% interval", "loss"), good)
+    show(console, "what it cost", ("strategy", "up", "each", "down", "each", "time", "peak memory"), cost)
