@@ -1,6 +1,6 @@
 """How long one round's aggregation takes for a 7B-shaped model: q and v adapters, 100 clients of mixed ranks.
 
-    python benchmarks/aggregate.py                     # 32 layers, d = 4096: 64 matrices; about 5 minutes and 12 GB
+    python benchmarks/aggregate.py                     # 32 layers, d = 4096: 64 matrices: minutes, and 11 GB
     python benchmarks/aggregate.py --layers 2 --json   # 4 matrices, the rest extrapolated
 
 The rounds go through the real `fedloom` strategy, each with the residual of the one before. Beside them: a dense SVD
