@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fedloom.protocols.config import RunConfig
+from fedloom.strategies import registry
 
 
 def recipe_reference() -> str:
@@ -26,6 +27,10 @@ def recipe_reference() -> str:
         section = _section(field)
         if section is not None:
             lines += ["", f"## [{name}]", "", (section.__doc__ or "").strip(), "", *_table(section.model_fields)]
+    lines += ["", "## Strategies and their options", "", "Set as further keys of [strategy]."]
+    for name, summary in registry.describe():
+        lines += ["", f"### {name}", "", summary, "", "| option | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{option}` | `{_toml(default)}` | {doc} |" for option, default, doc in registry.options(name)]
     return "\n".join(lines) + "\n"
 
 

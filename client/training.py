@@ -57,7 +57,7 @@ class FlatParameters:
 
 
 def tune(resident: Resident, dataset: Dataset, task: Task) -> Mapping[str, float]:
-    """Train the resident's adapters in place on a device's examples, as the task's knobs say.
+    """LoRA by backpropagation: AdamW or SGD on a device's own examples, for the steps that the task's knobs say.
 
     Returns:
         `loss_sum` and `tokens` over all batches (their ratio is the mean training loss), `n`, the examples seen, and

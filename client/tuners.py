@@ -29,9 +29,9 @@ def names() -> list[str]:
     return sorted({*_BUILT_IN, *_plugins()})
 
 
-def describe() -> dict[str, str]:
-    """The first line of each tuner's documentation, by name."""
-    return {name: ((get(name).__doc__ or "").strip().splitlines() or [""])[0] for name in names()}
+def describe() -> list[tuple[str, str]]:
+    """Each tuner's name and the first line of its documentation."""
+    return [(name, (get(name).__doc__ or "").strip().partition("\n")[0]) for name in names()]
 
 
 def get(name: str) -> Tuner:
@@ -44,7 +44,7 @@ def get(name: str) -> Tuner:
         return _BUILT_IN[name]
     plugins = _plugins()
     if name not in plugins:
-        raise ValueError(f"a tuner must be registered, got {name!r}: {nearest(name, names())}")
+        raise ValueError(f"unknown tuner {name!r}: {nearest(name, names())}")
     try:
         tuner: Tuner = plugins[name].load()
     except Exception as error:  # a plugin may fail in any way; it must not take the device with it

@@ -177,6 +177,9 @@ class Simulation(Section):
     """Worker processes that each hold the model once; 0 runs the devices in this process."""
     threads: int = Field(default=1, ge=1)
     """Torch threads in each process."""
+    keep_devices: bool = True
+    """Keep the models that devices hold after the last round, so that a run with more rounds goes on to the same bytes;
+    false frees the disk, and devices then start again from the base."""
 
 
 class Contender(Section):

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from fedloom.protocols.messages import MatrixSpec, ModelSpec
+from fedloom.protocols.messages import ModelSpec
 from fedloom.strategies.base import State
+from fedloom.strategies.packing import spec_from_meta, spec_to_meta
 
 _NAME = re.compile(r"round-(\d{6})")
 
@@ -46,7 +47,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> 
         "round": checkpoint.round,
         "version": checkpoint.state.version,
         "meta": checkpoint.state.meta,
-        "spec": spec_to_json(checkpoint.spec),
+        "spec": spec_to_meta(checkpoint.spec),
         "roster": checkpoint.roster,
         "ledger": checkpoint.ledger,
         "refused": checkpoint.refused,
@@ -83,7 +84,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             run=about["run"],
             round=about["round"],
             state=State(version=about["version"], tensors=load(tensors), meta=about["meta"]),
-            spec=spec_from_json(about["spec"]),
+            spec=spec_from_meta(about["spec"]),
             roster=about["roster"],
             ledger=about["ledger"],
             refused=about["refused"],
@@ -107,22 +108,6 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     if complaints:
         raise ValueError(complaints[0])
     return None, []
-
-
-def spec_to_json(spec: ModelSpec) -> dict[str, Any]:
-    return {
-        "base_hash": spec.base_hash,
-        "matrices": {name: [m.d_out, m.d_in, m.kind] for name, m in spec.matrices.items()},
-        "dense": {name: list(shape) for name, shape in spec.dense.items()},
-    }
-
-
-def spec_from_json(table: Mapping[str, Any]) -> ModelSpec:
-    return ModelSpec(
-        base_hash=table["base_hash"],
-        matrices={n: MatrixSpec(d_out=o, d_in=i, kind=k) for n, (o, i, k) in table["matrices"].items()},
-        dense={name: tuple(shape) for name, shape in table["dense"].items()},
-    )
 
 
 def _folders(folder: Path) -> list[Path]:

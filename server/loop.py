@@ -143,7 +143,8 @@ class Coordinator:
                 f"the checkpoint is for base {checkpoint.spec.base_hash[:12]}, "
                 f"the devices hold {self._roster.spec.base_hash[:12]}"
             )
-        self._roster.restore(checkpoint.roster)
+        for device in self._roster.restore(checkpoint.roster):
+            log.warning("%s lost its model since the checkpoint; it gets the whole patch again", device)
         self._ledger = Ledger.restore(checkpoint.ledger, checkpoint.refused)
         return checkpoint.state, checkpoint.round
 

@@ -67,8 +67,10 @@ class Roster:
     def to_json(self) -> dict[str, Any]:
         return {name: [report.version, report.state_round] for name, report in self._reports.items()}
 
-    def restore(self, noted: Mapping[str, Sequence[int]]) -> None:
-        """Take back what `to_json` gave.
+    def restore(self, noted: Mapping[str, Sequence[int]]) -> list[str]:
+        """Take back what `to_json` gave; return the devices that no longer hold what they did.
+
+        Such a device starts from the base again: the next patch it gets is the whole one.
 
         Raises:
             ValueError: when the devices are not those of the checkpoint.
@@ -76,5 +78,10 @@ class Roster:
         if set(noted) != set(self._reports):
             odd = sorted(set(noted) ^ set(self._reports))
             raise ValueError(f"a run resumes on the devices of its checkpoint, got a difference in {odd[:5]}")
+        lost = []
         for name, (version, state_round) in noted.items():
-            self._reports[name] = replace(self._reports[name], version=version, state_round=state_round)
+            if self._reports[name].version < version:
+                lost.append(name)
+            held = 0 if name in lost else version
+            self._reports[name] = replace(self._reports[name], version=held, state_round=state_round)
+        return lost

@@ -153,6 +153,8 @@ def _run_member(member: Member, out: Path, *, resume: bool, watch: WatcherFor | 
         nodes, pretend_app, (config, work), workers=config.simulation.workers, threads=config.simulation.threads
     ) as grid:
         coordinate(grid, plan, watch(member.label, config) if watch else None)
+    if not config.simulation.keep_devices:
+        shutil.rmtree(work / "patches", ignore_errors=True)
     records = read_metrics(member.folder / METRICS_FILE)
     return _entry(member, out, records, config) | {"wall_seconds": time.monotonic() - began}
 

@@ -27,7 +27,11 @@ def spec_to_meta(spec: ModelSpec) -> dict[str, Any]:
 
 def spec_of(state: State) -> ModelSpec:
     """The spec that a state was made for."""
-    table = state.meta["spec"]
+    return spec_from_meta(state.meta["spec"])
+
+
+def spec_from_meta(table: Mapping[str, Any]) -> ModelSpec:
+    """The spec of `spec_to_meta`'s tables."""
     return ModelSpec(
         base_hash=table["base_hash"],
         matrices={name: MatrixSpec(d_out=m[0], d_in=m[1], kind=m[2]) for name, m in table["matrices"].items()},

@@ -81,7 +81,7 @@ def test_what_a_device_refuses(llama: Resident, make_device: MakeDevice, payload
         device.handle(_task(patch=_patch(llama, payload_for(llama.spec, 0), 2, 3)))
     with pytest.raises(ValueError, match=r"this device's base .*, got one for ffffffffffff"):
         device.handle(_task(patch=replace(_patch(llama, Payload(), 0, 1), base_hash="f" * 64)))
-    with pytest.raises(ValueError, match="a tuner must be registered, got 'lorra': did you mean 'lora'"):
+    with pytest.raises(ValueError, match="unknown tuner 'lorra': did you mean 'lora'"):
         device.handle(_task(tuner="lorra"))
     with pytest.raises(ValueError, match="factors must be given for each of 14 modules"):
         device.handle(_task(start_from=Start.GIVEN))

@@ -13,11 +13,11 @@ from fedloom.client.training import tune
 def test_names_and_descriptions() -> None:
     assert tuners.get("lora") is tune
     assert "lora" in tuners.names()
-    assert tuners.describe()["lora"].startswith("Train the resident's adapters")
+    assert dict(tuners.describe())["lora"].startswith("LoRA by backpropagation")
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(ValueError, match="a tuner must be registered, got 'lroa': did you mean 'lora'"):
+    with pytest.raises(ValueError, match="unknown tuner 'lroa': did you mean 'lora'"):
         tuners.get("lroa")
 
 

@@ -10,8 +10,8 @@ from fedloom.server.roster import Roster
 SPEC = ModelSpec(base_hash="a" * 64, matrices={"m": MatrixSpec(d_out=4, d_in=4)})
 
 
-def hello(name: str, spec: ModelSpec = SPEC) -> Hello:
-    return Hello(report=DeviceReport(device=name, examples=3, rank=2), spec=spec)
+def hello(name: str, spec: ModelSpec = SPEC, version: int = 0) -> Hello:
+    return Hello(report=DeviceReport(device=name, examples=3, rank=2, version=version), spec=spec)
 
 
 def roster(count: int = 20) -> Roster:
@@ -38,13 +38,20 @@ def test_every_device_is_drawn_about_as_often() -> None:
 
 
 def test_what_was_noted_comes_back() -> None:
-    first, second = roster(2), roster(2)
+    first, second = (Roster({1: hello("device-00", version=9), 2: hello("device-01", version=9)}) for _ in "12")
     first.saw("device-01", version=4, trained_in=4)
     first.saw("device-00", version=3)
-    second.restore(first.to_json())
+    assert second.restore(first.to_json()) == []
     assert second.reports() == first.reports()
     with pytest.raises(ValueError, match="devices of its checkpoint"):
         roster(3).restore(first.to_json())
+
+
+def test_a_device_that_lost_its_model_starts_from_the_base() -> None:
+    """And keeps its place among the rounds; a device that is ahead goes back to what the checkpoint says."""
+    fleet = Roster({1: hello("device-00", version=2), 2: hello("device-01", version=7)})
+    assert fleet.restore({"device-00": [5, 4], "device-01": [5, 4]}) == ["device-00"]
+    assert [(r.version, r.state_round) for r in fleet.reports()] == [(0, 4), (5, 4)]
 
 
 def test_bad_fleets_are_refused() -> None:

@@ -123,6 +123,28 @@ def test_more_rounds_go_on_from_the_last(table: dict[str, Any], tmp_path: Path) 
     assert final_bytes(tmp_path / "run") == final_bytes(tmp_path / "whole")
 
 
+def test_devices_that_were_not_kept_get_the_whole_patch_again(table: dict[str, Any], tmp_path: Path) -> None:
+    run_recipe(config(table, server__rounds=2, simulation__keep_devices=False), tmp_path / "run")
+    assert not (tmp_path / "run" / "devices" / "patches").exists()
+    (entry,) = run_recipe(config(table), tmp_path / "run", resume=True)["strategies"]
+    run_recipe(config(table), tmp_path / "whole")
+    assert entry["refused"] == 0
+    ours, whole = (latest_checkpoint(tmp_path / name / "checkpoints")[0] for name in ("run", "whole"))
+    assert ours is not None
+    assert whole is not None
+    for name, tensor in whole.state.tensors.items():
+        np.testing.assert_allclose(ours.state.tensors[name], tensor, atol=1e-4, err_msg=name)
+
+
+def test_devices_out_of_step_change_no_byte_with_workers(table: dict[str, Any], tmp_path: Path) -> None:
+    """Small cohorts and no evaluation between: devices reach a version by different ways, at the same time."""
+    table["server"] |= {"rounds": 6, "cohort": 2}
+    for name, workers in (("here", 0), ("there", 2)):
+        run_recipe(config(table, eval__every=0, simulation__workers=workers), tmp_path / name)
+    assert final_bytes(tmp_path / "here") == final_bytes(tmp_path / "there")
+    assert evaluations(tmp_path / "here") == evaluations(tmp_path / "there")
+
+
 def test_workers_change_no_byte(table: dict[str, Any], tmp_path: Path) -> None:
     run_recipe(config(table), tmp_path / "here")
     run_recipe(config(table, simulation__workers=2), tmp_path / "there")
@@ -200,7 +222,7 @@ def test_a_base_that_changed_since_the_checkpoint_is_refused(
     [
         ({"strategy.name": "florra"}, "unknown strategy 'florra': did you mean 'flora'"),
         ({"strategy.rank_capp": 3}, "unknown option 'rank_capp' of strategy fedloom: did you mean 'rank_cap'"),
-        ({"train.tuner": "lorra"}, "got 'lorra': did you mean 'lora'"),
+        ({"train.tuner": "lorra"}, "unknown tuner 'lorra': did you mean 'lora'"),
         ({"data.source": "nowhere.jsonl"}, "nowhere.jsonl"),
         (
             {"fleet.ranks": [64]},
