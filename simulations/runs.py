@@ -122,7 +122,7 @@ def run_recipe(
         "rounds": config.server.rounds,
         "seed": config.seed,
         "metric": main_metric(config),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": _cores(), "torch": torch.__version__},
+        "machine": {"cpu": _processor(), "cores": os.cpu_count() or 1, "torch": torch.__version__},
         "strategies": entries,
     }
     (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -203,5 +203,11 @@ def _devices(record: Mapping[str, Any]) -> list[dict[str, float]]:
     return [dict(metrics) for _, metrics in sorted(record["devices"].items())]
 
 
-def _cores() -> int:
-    return os.cpu_count() or 1
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -34,7 +34,7 @@ def measure(out: Path) -> dict[str, Any]:
             {
                 "loss": record["evaluation"]["loss"],
                 "exact_match": record["evaluation"]["exact_match"],
-                "train_loss": record.get("train_loss"),
+                "train_loss": record.get("train_loss", 0.0),
                 "bytes_up": record["bytes_up"],
                 "bytes_down": record["bytes_down"],
             }
