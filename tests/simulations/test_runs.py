@@ -171,6 +171,45 @@ def test_narrow_wires_cost_fewer_bytes_and_still_learn(
     assert abs(narrow["loss_after"] - wide["loss_after"]) < 0.05 * wide["loss_before"]
 
 
+def test_a_classifier_tunes_on_a_csv_dealt_out_by_label(
+    table: dict[str, Any], tmp_path: Path, tiny_classifier: Path
+) -> None:
+    rows = [f'"{word} {number} please",{word}' for number in range(20) for word in ("lamp", "oven", "door")]
+    (tmp_path / "data.csv").write_text("text,label\n" + "\n".join(rows))
+    changes = {
+        "model": {"path": str(tiny_classifier), "task": "classify", "labels": ["lamp", "oven", "door"]},
+        "data.source": str(tmp_path / "data.csv"),
+        "fleet": {"partition": "dirichlet", "alpha": 100.0},
+        "train": {"steps": 12, "lr": 0.01},
+        "server": {"rounds": 6, "cohort": 0},
+    }
+    for strategy in ("fedloom", "fedit"):
+        recipe = build_config(override(table, changes | {"strategy.name": strategy}))
+        (entry,) = run_recipe(recipe, tmp_path / strategy)["strategies"]
+        assert entry["metric"] == "accuracy"
+        assert entry["after"] > max(0.55, entry["before"])
+
+
+def test_conv1d_layers_tune_on_chat_messages_dealt_out_by_owner(
+    table: dict[str, Any], tmp_path: Path, tiny_gpt2: Path
+) -> None:
+    talk = [
+        {"messages": [{"role": "user", "content": f"lamp {n}"}, {"role": "assistant", "content": "on"}], "who": owner}
+        for n in range(6)
+        for owner in ("ann", "bob", "cem", "dua")
+    ]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk))
+    changes = {
+        "model.path": str(tiny_gpt2),
+        "data.source": str(tmp_path / "talk.jsonl"),
+        "fleet": {"partition": "key", "key": "who"},
+        "train.steps": 8,
+        "lora.rslora": True,
+    }
+    (entry,) = run_recipe(build_config(override(table, changes)), tmp_path / "run")["strategies"]
+    assert entry["loss_after"] < 0.95 * entry["loss_before"]
+
+
 def test_a_device_with_bad_updates_is_refused_and_the_round_goes_on(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
