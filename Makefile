@@ -49,6 +49,7 @@ test-slow: $(VENV)/installed  ## What takes minutes: Flower's own engine, real d
 
 bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/aggregate.py --layers 2
+	$(BIN)/python benchmarks/strategies.py --seeds 1 2 3
 
 proto: $(VENV)/installed  ## Regenerate protocols/fedloom_pb2.py
 	$(BIN)/python -m fedloom.protocols.generate

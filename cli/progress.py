@@ -64,9 +64,9 @@ class Line:
 
     def ended(self, *, record: Mapping[str, Any]) -> None:
         evaluation = record.get("evaluation") or {}
-        if self._metric in evaluation:
-            self._newest = f" · {self._metric} {evaluation[self._metric]:.3f}"
-        status = f"round {record['round']} done{self._newest}"
-        self._progress.update(self._task, status=status)
+        judged = f" · {self._metric} {evaluation[self._metric]:.3f}" if self._metric in evaluation else ""
+        self._newest = judged or self._newest
+        self._progress.update(self._task, status=f"round {record['round']} done{self._newest}")
         if not self._console.is_terminal:
-            self._console.print(f"{self._label}: {status} ({record['seconds']:.1f} s)", highlight=False)
+            line = f"{self._label}: round {record['round']} done{judged} ({record['seconds']:.1f} s)"
+            self._console.print(line, highlight=False)
