@@ -49,6 +49,8 @@ test-slow: $(VENV)/installed  ## What takes minutes: Flower's own engine, real d
 
 bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/aggregate.py --layers 2
+	$(BIN)/python benchmarks/codec.py
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/strategies.py --seeds 1 2 3
 
 proto: $(VENV)/installed  ## Regenerate protocols/fedloom_pb2.py
