@@ -35,6 +35,9 @@ class Reply:
 class Courier:
     """Sends parcels in waves and yields each reply once, so that memory stays flat in the number of devices.
 
+    Within a wave, replies come in the order of the parcels, whichever device was faster: sums of floats depend on their
+    order, and a run shall give the same bytes on every engine.
+
     Args:
         grid: any of Flower's grids, or the in-process one.
         timeout: seconds to wait for a wave; devices that have not answered by then are reported as errors.
@@ -55,21 +58,22 @@ class Courier:
             yield from self._exchange_wave(wave, group)
 
     def _exchange_wave(self, parcels: Sequence[Parcel], group: str) -> Iterator[Reply]:
-        messages = [self._message(parcel, group) for parcel in parcels]
-        ids = list(self._grid.push_messages(messages))
+        ids = list(self._grid.push_messages([self._message(parcel, group) for parcel in parcels]))
         waiting = {id_: parcel.node for id_, parcel in zip(ids, parcels, strict=True)}
+        early: dict[str, Message] = {}  # answers that wait for an earlier parcel's
         deadline = time.monotonic() + self._timeout
-        while waiting and time.monotonic() < deadline:
-            replies = list(self._grid.pull_messages(list(waiting)))
-            for message in replies:
-                # Flower's own error replies carry a wrong source node: only the message they answer tells who failed.
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield _open(message, node)
-            if not replies:
-                time.sleep(self._pause)
-        for node in waiting.values():
-            yield Reply(node=node, error=f"no answer within {self._timeout:g} s")
+        for id_ in ids:
+            while id_ not in early and time.monotonic() < deadline:
+                replies = list(self._grid.pull_messages([other for other in waiting if other not in early]))
+                for message in replies:
+                    # Flower's error replies carry a wrong source node: the message they answer tells who failed.
+                    if message.metadata.reply_to_message_id in waiting:
+                        early[message.metadata.reply_to_message_id] = message
+                if not replies:
+                    time.sleep(self._pause)
+            node = waiting.pop(id_)
+            answer = early.pop(id_, None)
+            yield _open(answer, node) if answer else Reply(node=node, error=f"no answer within {self._timeout:g} s")
 
     def _message(self, parcel: Parcel, group: str) -> Message:
         content = RecordDict({RECORD: ConfigRecord({FRAME: parcel.frame})})

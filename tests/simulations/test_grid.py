@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -71,6 +72,25 @@ def test_a_dead_worker_is_one_clear_error() -> None:
         deadly = [Parcel(node=1, kind="train", frame=b"die")]
         with pytest.raises(ValueError, match="a simulation worker died: most often the machine ran out of memory"):
             list(Courier(grid, timeout=60).exchange(deadly, "1"))
+
+
+def test_replies_come_in_order_even_when_devices_do_not() -> None:
+    class Hasty(InProcessGrid):
+        """Hands over a whole wave at once, last first, after an empty poll."""
+
+        polls = 0
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            self.polls += 1
+            if self.polls % 2:
+                return []
+            asked = list(message_ids)
+            return [message for _ in asked for message in InProcessGrid.pull_messages(self, asked)][::-1]
+
+    with Hasty(pretend_nodes(5), echo_app, ("t",)) as grid:
+        replies = list(Courier(grid, timeout=60, wave=3, pause=0.001).exchange(parcels(5), "1"))
+    assert [reply.node for reply in replies] == [1, 2, 3, 4, 5]
+    assert not any(reply.error for reply in replies)
 
 
 def test_a_silent_node_is_reported_after_the_timeout() -> None:
