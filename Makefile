@@ -46,6 +46,7 @@ test: check  ## Lint, types and the whole fast suite
 
 test-slow: $(VENV)/installed  ## What takes minutes: Flower's own engine, real data
 	$(BIN)/pytest -q -m slow
+	FEDLOOM_EXPLORE=1 $(BIN)/pytest -q -n 2 tests/strategies tests/protocols tests/simulations/test_partition.py
 
 bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/aggregate.py --layers 2

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fedloom.protocols.messages import Array, DeviceReport, ModelSpec, Patch, Payload, Start, Task, Update
+from fedloom.protocols.messages import Array, DeviceReport, ModelSpec, Patch, Payload, Task, Update
 from fedloom.strategies import planning
 from fedloom.strategies.base import State
 from fedloom.strategies.given import first_state, next_state
@@ -48,22 +48,8 @@ class FedIT(MergeOptions):
         Raises:
             ValueError: for a device that cannot train the shared rank.
         """
-        spec, rank, given = spec_of(state), state.meta["rank"], self._given(state)
-        held = planning.patches(state, devices)
-        planning.check_reach(devices, rank)
-        return [
-            planning.training_task(
-                report,
-                spec,
-                self.scaling,
-                round=round,
-                rank=rank,
-                start_from=Start.GIVEN,
-                start=given,
-                patch=held[report.version],
-            )
-            for report in devices
-        ]
+        planning.check_reach(devices, state.meta["rank"])
+        return planning.given_tasks(state, devices, round, self.scaling, lambda _: self._given(state))
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """The global factors on every device."""

@@ -72,20 +72,8 @@ class Fedloom(MergeOptions):
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Each device trains at its own rank on base and patch, from B = 0."""
-        spec, held = spec_of(state), planning.patches(state, devices)
         start = Start.PATCH if self.start == "patch" else Start.FRESH
-        return [
-            planning.training_task(
-                report,
-                spec,
-                self.scaling,
-                round=round,
-                rank=report.rank,
-                start_from=start,
-                patch=held[report.version],
-            )
-            for report in devices
-        ]
+        return planning.merging_tasks(state, devices, round, self.scaling, start)
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Base and patch on every device."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedloom.protocols.initial import initial_a
-from fedloom.protocols.messages import DeviceReport, LowRank, ModelSpec, Patch, Payload, Start, Task, Update
+from fedloom.protocols.messages import DeviceReport, LowRank, ModelSpec, Patch, Payload, Task, Update
 from fedloom.strategies import planning
 from fedloom.strategies.base import State
 from fedloom.strategies.given import first_state, next_state
@@ -71,24 +71,10 @@ class FFA(MergeOptions):
         Raises:
             ValueError: for a device that cannot train the shared rank.
         """
-        spec, rank, given = spec_of(state), state.meta["rank"], drop_a(self._given(state))
-        held = planning.patches(state, devices)
-        planning.check_reach(devices, rank)
-        return [
-            planning.training_task(
-                report,
-                spec,
-                self.scaling,
-                round=round,
-                rank=rank,
-                start_from=Start.GIVEN,
-                start=given,
-                train_a=False,
-                shared_a_seed=state.meta["seed"],
-                patch=held[report.version],
-            )
-            for report in devices
-        ]
+        planning.check_reach(devices, state.meta["rank"])
+        fields = {"train_a": False, "shared_a_seed": state.meta["seed"]}
+        given = drop_a(self._given(state))
+        return planning.given_tasks(state, devices, round, self.scaling, lambda _: given, **fields)
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """The global B on every device."""

@@ -27,7 +27,6 @@ from fedloom.protocols.messages import (
     ModelSpec,
     Patch,
     Payload,
-    Start,
     Task,
     Update,
 )
@@ -65,22 +64,7 @@ class FlexLoRA(MergeOptions):
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Every device goes on from the global product, cut to its rank."""
-        spec, r_max = spec_of(state), state.meta["rank"]
-        held = planning.patches(state, devices)
-        starts = {rank: self._given(state, rank) for rank in sorted({min(r.rank, r_max) for r in devices}) if rank >= 1}
-        return [
-            planning.training_task(
-                report,
-                spec,
-                self.scaling,
-                round=round,
-                rank=min(report.rank, r_max),
-                start_from=Start.GIVEN,
-                start=starts.get(min(report.rank, r_max), Payload()),
-                patch=held[report.version],
-            )
-            for report in devices
-        ]
+        return planning.given_tasks(state, devices, round, self.scaling, lambda rank: self._given(state, rank))
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """The global product, whole, on every device."""

@@ -39,19 +39,7 @@ class Flora(MergeOptions):
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Each device trains a fresh adapter at its own rank on base and patch."""
-        spec, held = spec_of(state), planning.patches(state, devices)
-        return [
-            planning.training_task(
-                report,
-                spec,
-                self.scaling,
-                round=round,
-                rank=report.rank,
-                start_from=Start.FRESH,
-                patch=held[report.version],
-            )
-            for report in devices
-        ]
+        return planning.merging_tasks(state, devices, round, self.scaling, Start.FRESH)
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Base and patch on every device."""

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedloom.protocols.messages import Array, DeviceReport, LowRank, ModelSpec, Patch, Payload, Start, Task, Update
+from fedloom.protocols.messages import Array, DeviceReport, LowRank, ModelSpec, Patch, Payload, Task, Update
 from fedloom.strategies import planning
 from fedloom.strategies.base import State
 from fedloom.strategies.given import first_state, next_state
@@ -55,22 +55,7 @@ class HetLoRA(MergeOptions):
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Every device goes on from the global factors, cut to its rank."""
-        spec, r_max = spec_of(state), state.meta["rank"]
-        held = planning.patches(state, devices)
-        starts = {rank: self._given(state, rank) for rank in sorted({min(r.rank, r_max) for r in devices}) if rank >= 1}
-        return [
-            planning.training_task(
-                report,
-                spec,
-                self.scaling,
-                round=round,
-                rank=min(report.rank, r_max),
-                start_from=Start.GIVEN,
-                start=starts.get(min(report.rank, r_max), Payload()),
-                patch=held[report.version],
-            )
-            for report in devices
-        ]
+        return planning.given_tasks(state, devices, round, self.scaling, lambda rank: self._given(state, rank))
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """The global factors, whole, on every device."""

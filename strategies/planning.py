@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fedloom.protocols.messages import Array, DeviceReport, Kind, LowRank, ModelSpec, Patch, Start, Task
+from fedloom.protocols.messages import Array, DeviceReport, Kind, LowRank, ModelSpec, Patch, Payload, Start, Task
 from fedloom.strategies.base import Scaling, State
+from fedloom.strategies.packing import spec_of
 from fedloom.strategies.patchlog import read_log
 
 
@@ -51,6 +52,52 @@ def training_task(
         state_round=report.state_round,
         **fields,
     )
+
+
+def merging_tasks(
+    state: State, devices: Sequence[DeviceReport], round: int, scaling: Scaling, start_from: Start
+) -> list[Task]:
+    """Training of a new adapter, from B = 0, on base and patch, each device at its own rank."""
+    spec, held = spec_of(state), patches(state, devices)
+    return [
+        training_task(
+            report, spec, scaling, round=round, rank=report.rank, start_from=start_from, patch=held[report.version]
+        )
+        for report in devices
+    ]
+
+
+def given_tasks(
+    state: State,
+    devices: Sequence[DeviceReport],
+    round: int,
+    scaling: Scaling,
+    start: Callable[[int], Payload],
+    **fields: Any,
+) -> list[Task]:
+    """Training that goes on from global factors, each device at its own rank or the state's, whichever is smaller.
+
+    Args:
+        start: the factors to go on from, by rank; called once for each.
+        fields: the rest of the Task's.
+    """
+    spec, held = spec_of(state), patches(state, devices)
+    ranks = {report.device: min(report.rank, int(state.meta["rank"])) for report in devices}
+    starts = {rank: start(rank) for rank in sorted(set(ranks.values())) if rank >= 1}
+    return [
+        training_task(
+            report,
+            spec,
+            scaling,
+            round=round,
+            rank=ranks[report.device],
+            start_from=Start.GIVEN,
+            start=starts.get(ranks[report.device], Payload()),
+            patch=held[report.version],
+            **fields,
+        )
+        for report in devices
+    ]
 
 
 def patch_evaluation(state: State, devices: Sequence[DeviceReport], round: int, scaling: Scaling) -> list[Task]:

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -29,6 +30,11 @@ from transformers import (
 )
 
 from fedloom.client.data import Example
+
+# The same examples every time, so that a red run can be run again; FEDLOOM_EXPLORE=1 looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("explore" if os.environ.get("FEDLOOM_EXPLORE") else "repeatable")
 
 VOCABULARY = 300
 _CORPUS = ["turn on the lamp", "turn off the oven", "set the alarm to seven", 'lamp(state="on")', 'oven(state="off")']
