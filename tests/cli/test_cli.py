@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +119,23 @@ def test_a_run_ends_with_tables_a_report_and_an_adapter_that_peft_loads(
     assert (code, Path(page.strip())) == (0, out / "report.html")
     assert fedloom("run", small, "--out", out)[0] == 2
     assert fedloom("run", small, "--out", out, "--resume")[0] == 0
+
+
+def test_threads_of_the_environment_change_no_byte(tmp_path: Path) -> None:
+    """Four rounds merge enough for one BLAS thread and two to round differently, were they not pinned."""
+    states = []
+    for threads in ("1", "2"):
+        out = tmp_path / threads
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}
+        command = [str(Path(sys.executable).parent / "fedloom"), "run", "quick", "--out", str(out)]
+        subprocess.run(
+            [*command, "--set", "server.rounds=4"],
+            env=environment | {"OMP_NUM_THREADS": threads},
+            check=True,
+            capture_output=True,
+        )
+        states.append((out / "checkpoints" / "round-000004" / "state.safetensors").read_bytes())
+    assert states[0] == states[1]
 
 
 def test_json_is_all_that_stdout_holds(fedloom: Fedloom, small: Path, tmp_path: Path) -> None:
