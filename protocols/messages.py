@@ -1,6 +1,7 @@
 """The few types that flow between a server, its devices and the strategies.
 
-Legend of shapes: r rank, d_out x d_in the logical weight of a linear map (y = W x), whatever the layer stores.
+Legend of shapes: r rank, d_out x d_in the logical weight of a linear map (y = W x), whatever the layer stores; K the
+dimensions of a subspace, T local steps.
 Everything here is plain data on NumPy arrays: a relay or a server needs neither torch nor a model to speak it.
 """
 
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.protocols.directions import DIRECTIONS_VERSION
+
 Array = NDArray[np.floating[Any]]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Kind(StrEnum):
@@ -71,15 +74,94 @@ def unscaled(b: Array, a: Array) -> LowRank:
     return LowRank(b=b, a=a, alpha=float(a.shape[0]))
 
 
+class Scope(StrEnum):
+    """Which weights a subspace spans."""
+
+    ALL = "all"  # every parameter of the base
+    LORA = "lora"  # the factors of adapters that start at B = 0 and the shared A of the subspace's seed
+    MASK = "mask"  # a static sparse set of weights that every device was given beforehand
+
+
+class Over(StrEnum):
+    """What the values of a `Scalars` are coefficients of."""
+
+    POOL = "pool"  # the directions of a subspace that `indices` name
+    STEPS = "steps"  # sign_vector(seed, t, k) for t = 0, 1, ...: directions within a subspace, known from the task's seed
+    BASIS = "basis"  # the k coordinates of a subspace themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """The K directions that a model is tuned along: theta = theta_0 + sum_k c_k z_k, or theta_0 + S c (directions.py)."""
+
+    family: str  # gaussian, rademacher or sketch
+    k: int
+    seed: int  # of the pool, or of the sketch
+    scope: Scope = Scope.ALL
+    rank: int = 0  # of the adapters, for `lora`
+    alpha: float = 0.0
+    rslora: bool = False
+    mask: str = ""  # SHA-256 of the mask, for `mask`
+    directions: int = DIRECTIONS_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scalars:
+    """What local steps add to the coefficients: minus learning rate x projected gradient, in the order of the steps.
+
+    The product travels, so whoever rebuilds a model needs to know no learning rate, and schedules are free.
+    """
+
+    over: Over
+    k: int
+    values: Array  # [n] float32
+    indices: NDArray[np.int64] | None = None  # [n] in 0..k - 1, for `pool`
+    seed: int = 0  # of the directions, for `steps`
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 1:
+            raise ValueError(f"scalars must be a vector, got shape {list(self.values.shape)}")
+        if (self.indices is not None) != (self.over == Over.POOL):
+            raise ValueError(f"scalars must have indices over a pool and there alone, got them over {self.over}")
+        if self.indices is not None and self.indices.shape != self.values.shape:
+            raise ValueError(f"scalars must have an index each, got {len(self.indices)} for {len(self.values)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """The coefficients of a subspace, c = steps x 2^exponent, or a change of them.
+
+    Whole numbers of a power of two: sums are exact, so a device ends at the same bits however it got there.
+    """
+
+    subspace: Subspace
+    exponent: int
+    steps: NDArray[np.int64]  # [k], |steps| < 2^53, so that c is exact in float64
+
+    def __post_init__(self) -> None:
+        if self.steps.shape != (self.subspace.k,):
+            raise ValueError(f"coefficients must have shape [{self.subspace.k}], got {list(self.steps.shape)}")
+
+    def values(self) -> NDArray[np.float64]:
+        """c, [k]."""
+        return np.ldexp(self.steps.astype(np.float64), self.exponent)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """Tensors that add to a model: low-rank terms by module name, dense terms by module or parameter name."""
+    """What adds to a model: low-rank terms by module name, dense terms by module or parameter name, coefficients.
+
+    `scalars` is a device's answer in a subspace, or the server's list of directions to step along; it is no part of a
+    model.
+    """
 
     factors: Mapping[str, LowRank] = field(default_factory=dict)
     dense: Mapping[str, Array] = field(default_factory=dict)
+    scalars: Scalars | None = None
+    coefficients: Coefficients | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.factors or self.dense)
+        return bool(self.factors or self.dense or self.scalars is not None or self.coefficients is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +220,8 @@ class Task:
     start_from: Start
     kind: Kind = Kind.TRAIN
     tuner: str = "lora"
+    subspace: Subspace | None = None  # set: coefficients of it are trained, and `rank`, `alpha` are not used
+    scalar_limit: float = 0.0  # the largest |scalar| that the answer may carry; 0: any finite one
     rslora: bool = False
     train_a: bool = True  # False: A is frozen (FFA-LoRA)
     shared_a_seed: int | None = None  # set: A is initial_a(this seed, ...) on both sides and travels as a [r, 0]
