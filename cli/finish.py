@@ -14,14 +14,20 @@ from fedloom.server.loop import CHECKPOINTS
 from fedloom.simulations.report import write_report
 from fedloom.simulations.runs import SUMMARY_FILE, Member, members, read_run
 from fedloom.simulations.world import base_model
-
-NO_GLOBAL_MODEL = {"local"}
+from fedloom.strategies.local import Local
+from fedloom.strategies.subspace import SubspaceOptions
 
 
 def finish(config: RunConfig, out: Path) -> dict[str, str]:
-    """Write the report and, where the recipe's strategy has a global model, its adapter; return what lies where."""
+    """Write the report and, where the recipe's strategy has a global model, its adapter; return what lies where.
+
+    A model tuned in full has no adapter: it is written whole when it is asked for (`fedloom export --format merged`).
+    """
     written = {"summary": str(out / SUMMARY_FILE), "report": str(write_report(out))}
-    if _chosen(config, out, "").config.strategy.name not in NO_GLOBAL_MODEL:
+    strategy = build_strategy(_chosen(config, out, "").config)
+    if isinstance(strategy, SubspaceOptions):
+        written["model"] = f"fedloom export {out} --format merged"
+    elif not isinstance(strategy, Local):
         written["adapter"] = str(export_run(out, merged=False, force=True))
     return written
 

@@ -15,10 +15,12 @@ from fedloom.client.evaluation import evaluate, nothing
 from fedloom.client.lora import check_rank
 from fedloom.client.memory import peak_rss, reset_peak
 from fedloom.client.model import Resident
+from fedloom.client.place import Place
 from fedloom.client.starting import starting_payload, starts_at_zero
 from fedloom.client.store import DeviceStore, Held
+from fedloom.client.training import forward_logits
 from fedloom.protocols import config
-from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, Payload, Start, Task, Update
+from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, Payload, Start, Subspace, Task, Update
 from fedloom.strategies.ffa import drop_a
 
 
@@ -36,15 +38,17 @@ class Device:
         rank: int,
         data_config: config.Data,
         eval_config: config.Evaluation,
+        capability: str = "backprop",
         limit: int = 512 * 2**20,
     ) -> None:
         """
         Args:
             rank: the largest adapter rank that this device trains.
+            capability: `backprop`, or `forward` for a device that runs forward passes alone.
             limit: bytes; a larger message is refused before it is read.
         """
         self.name, self.limit = name, limit
-        self._resident, self._store, self._rank = resident, store, rank
+        self._resident, self._store, self._rank, self._capability = resident, store, rank, capability
         self._examples = {Kind.TRAIN: train, Kind.EVALUATE: test}
         self._data, self._evaluation = data_config, eval_config
         self._datasets: dict[Kind, Dataset] = {}
@@ -57,6 +61,7 @@ class Device:
             rank=self._rank,
             version=self._store.newest_version(),
             state_round=self._store.newest_state(),
+            capabilities=(self._capability,),
             software=f"fedloom {version('fedloom')}, torch {torch.__version__}, {platform.machine()}",
         )
         return Hello(report=report, spec=self._resident.spec)
@@ -94,15 +99,28 @@ class Device:
     def _check(self, task: Task) -> None:
         if task.device != self.name:
             raise ValueError(f"a task must be for device {self.name!r}, got one for {task.device!r}")
-        if task.kind is Kind.TRAIN:
-            if task.rank > self._rank:
-                raise ValueError(f"a task for {self.name} must have rank <= {self._rank}, got {task.rank}")
-            check_rank(task.rank, self._resident.spec.matrices)
+        if task.kind is not Kind.TRAIN:
+            return
+        if self._capability == "forward" and task.tuner not in tuners.FORWARD_ONLY:
+            raise ValueError(
+                f"{self.name} runs forward passes alone ({', '.join(tuners.FORWARD_ONLY)}), got tuner {task.tuner!r}"
+            )
+        rank = task.rank if task.subspace is None else task.subspace.rank
+        if rank > self._rank:
+            raise ValueError(f"a task for {self.name} must have rank <= {self._rank}, got {rank}")
+        if rank or task.subspace is None:
+            check_rank(rank, self._resident.spec.matrices)
 
     def _train(self, task: Task, held: Held, own: Payload | None) -> tuple[Mapping[str, float], Payload]:
-        tuner = tuners.get(task.tuner)
         dataset = self._dataset(Kind.TRAIN)
+        if task.subspace is not None:
+            run = tuners.get_scalar(task.tuner)
+            with self._place(task.subspace, held) as place:
+                scalars, measured = run(place, dataset, task)
+            return measured, Payload(scalars=scalars)
+        tuner = tuners.get(task.tuner)
         resident = self._resident
+        resident.rebuilt.restore()
         start = starting_payload(task, resident.spec, held.warm, own)
         resident.base.apply(held.key, held.payload, start.dense)
         resident.adapters.set_factors(start.factors, train_a=task.train_a)
@@ -123,6 +141,10 @@ class Device:
         known = {name: value for name, value in task.knobs.items() if name in config.Evaluation.model_fields}
         settings = config.Evaluation.model_validate({**self._evaluation.model_dump(), **known})
         resident, dataset = self._resident, self._dataset(Kind.EVALUATE)
+        if task.subspace is not None:
+            with self._place(task.subspace, held) as place:
+                return self._evaluate_at(place, dataset, settings)
+        resident.rebuilt.restore()
         if starts_at_zero(task, own):
             resident.base.apply(held.key, held.payload, task.start.dense)
             with resident.adapters.disabled():
@@ -131,6 +153,15 @@ class Device:
         resident.base.apply(held.key, held.payload, start.dense)
         resident.adapters.set_factors(start.factors)
         return evaluate(resident, dataset, settings)
+
+    def _evaluate_at(self, place: Place, dataset: Dataset, settings: config.Evaluation) -> Mapping[str, float]:
+        with torch.inference_mode():
+            place.prepare(lambda: forward_logits(self._resident, dataset.batch([0])))
+            with place.serving():
+                return evaluate(self._resident, dataset, settings)
+
+    def _place(self, subspace: Subspace, held: Held) -> Place:
+        return Place(self._resident, subspace, held.payload.coefficients, held.key)
 
     def _dataset(self, kind: Kind) -> Dataset:
         if kind not in self._datasets:

@@ -6,6 +6,8 @@ the factors of its SVD at full numerical rank, since PEFT has no other form for 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from fedloom.client.lora import head_modules
 from fedloom.client.model import Resident
-from fedloom.protocols.messages import LowRank, MatrixSpec, Payload, unscaled
+from fedloom.client.place import Place
+from fedloom.protocols.messages import LowRank, MatrixSpec, Payload, Scope, unscaled
 
 _PREFIX = "base_model.model"
 
@@ -33,6 +36,9 @@ def export_peft(payload: Payload, resident: Resident, folder: Path) -> None:
         ValueError: for a payload of another model.
     """
     _check_names(payload, resident)
+    payload = _without_scope(payload, resident)
+    if payload.coefficients is not None:
+        raise ValueError("a model tuned in a subspace must be exported whole (format merged), got format peft")
     matrices = resident.spec.matrices
     factors = {name: _as_factors(name, payload, size) for name, size in matrices.items()}
     kept = {name: factor for name, factor in factors.items() if factor is not None}
@@ -58,8 +64,7 @@ def export_merged(payload: Payload, resident: Resident, folder: Path) -> None:
     Raises:
         ValueError: for a payload of another model.
     """
-    resident.base.apply(("export", object()), payload)
-    try:
+    with _at(_without_scope(payload, resident), resident):
         state = {
             name.replace(".base_layer.", "."): tensor
             for name, tensor in resident.model.state_dict().items()
@@ -70,8 +75,41 @@ def export_merged(payload: Payload, resident: Resident, folder: Path) -> None:
         state |= {name: state[name].to(dtype) for name in heads}
         resident.model.save_pretrained(folder, state_dict=state)
         resident.tokenizer.save_pretrained(folder)
-    finally:
-        resident.base.restore()
+
+
+@contextmanager
+def _at(payload: Payload, resident: Resident) -> Iterator[None]:
+    """The resident with a payload merged in; at its public base again after the block."""
+    key = ("export", object())
+    c = payload.coefficients
+    if c is None:
+        resident.base.apply(key, payload)
+        try:
+            yield
+        finally:
+            resident.base.restore()
+        return
+    with Place(resident, c.subspace, c, key) as place:
+        place.rebuild()
+        try:
+            yield
+        finally:
+            resident.rebuilt.restore()
+            resident.base.restore()
+
+
+def _without_scope(payload: Payload, resident: Resident) -> Payload:
+    """Coefficients of adapters as the adapters that they stand for; any other payload as it is."""
+    c = payload.coefficients
+    if c is None or c.subspace.scope != Scope.LORA:
+        return payload
+    with Place(resident, c.subspace, c, object()) as place:
+        place.rebuild()
+        heads = resident.base.heads
+        moved = {name: head.detach().cpu().numpy() - resident.base.pristine(name).numpy() for name, head in heads.items()}
+        factors = resident.adapters.get_factors()
+    resident.base.restore()
+    return Payload(factors=factors, dense=moved)
 
 
 def _config(factors: dict[str, LowRank], resident: Resident) -> LoraConfig:

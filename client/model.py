@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedloom.client.lora import Adapters, find_targets, head_modules
+from fedloom.client.mask import read_mask
 from fedloom.client.patching import PatchedBase
+from fedloom.client.rebuilt import Rebuilt
 from fedloom.protocols.config import Lora, Model
 from fedloom.protocols.messages import ModelSpec
 
@@ -33,6 +35,8 @@ class Resident:
     spec: ModelSpec
     device: torch.device
     forward_options: frozenset[str]  # the optional arguments that this model's forward takes
+    rebuilt: Rebuilt = field(default_factory=Rebuilt)
+    mask: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the places of a sparse mask, by parameter
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -54,7 +58,8 @@ def load_model(config: Model, lora: Lora, *, seed: int) -> Resident:
         seed: initialises what the checkpoint lacks (a new classification head), the same on every device.
 
     Raises:
-        ValueError: for a folder without a model, an id that cannot be reached, or adapter targets that do not exist.
+        ValueError: for a folder without a model, an id that cannot be reached, adapter targets that do not exist, or a
+            mask that cannot be read.
     """
     device = _device(config.device)
     with _quiet(), torch.random.fork_rng():
@@ -70,15 +75,17 @@ def load_model(config: Model, lora: Lora, *, seed: int) -> Resident:
         parameter.requires_grad_(True)
     base = PatchedBase({name: layer.base_layer.weight for name, layer in adapters.layers.items()}, targets, heads)
     shapes = {name: tuple(parameter.shape) for name, parameter in heads.items()}
+    mask, mask_hash = read_mask(Path(config.mask).expanduser()) if config.mask else ({}, "")
     return Resident(
         config=config,
         model=model,
         tokenizer=tokenizer,
         adapters=adapters,
         base=base,
-        spec=ModelSpec(base_hash=base_hash, matrices=targets, dense=shapes),
+        spec=ModelSpec(base_hash=base_hash, matrices=targets, dense=shapes, mask=mask_hash),
         device=device,
         forward_options=frozenset(inspect.signature(model.forward).parameters),
+        mask=mask,
     )
 
 

@@ -1,6 +1,6 @@
 """A payload (and rows beside it) as one safetensors file: written whole or not at all, its metadata in the header.
 
-Tensors: `a/{module}`, `b/{module}` and `dense/{name}` of the payload, `warm/{module}` beside it.
+Tensors: `a/{module}`, `b/{module}`, `dense/{name}` and `coefficients` (int64) of the payload, `warm/{module}` beside it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedloom.protocols.messages import Array, LowRank, Payload
+from fedloom.protocols.messages import Array, Coefficients, LowRank, Payload
+from fedloom.strategies.coefficients import subspace_from
 
 
 def digest_payload(payload: Payload) -> str:
@@ -30,6 +33,9 @@ def digest_payload(payload: Payload) -> str:
     for name, array in sorted(payload.dense.items()):
         digest.update(f"dense|{name}|{array.shape}|".encode())
         digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+    if payload.coefficients is not None:
+        digest.update(f"coefficients|{payload.coefficients.subspace}|{payload.coefficients.exponent}|".encode())
+        digest.update(np.ascontiguousarray(payload.coefficients.steps, "<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -40,8 +46,12 @@ def write_payload(path: Path, payload: Payload, warm: Mapping[str, Array], meta:
     for name, factor in payload.factors.items():
         tensors |= {f"a/{name}": factor.a, f"b/{name}": factor.b}
     scales = {name: [factor.alpha, factor.rslora] for name, factor in payload.factors.items()}
-    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-    frame = save(contiguous, metadata={"fedloom": json.dumps({**meta, "scales": scales}, sort_keys=True)})
+    contiguous: dict[str, NDArray[Any]] = {n: np.ascontiguousarray(array, np.float32) for n, array in tensors.items()}
+    about = {**meta, "scales": scales}
+    if payload.coefficients is not None:
+        contiguous["coefficients"] = np.ascontiguousarray(payload.coefficients.steps, np.int64)
+        about |= {"subspace": asdict(payload.coefficients.subspace), "exponent": payload.coefficients.exponent}
+    frame = save(contiguous, metadata={"fedloom": json.dumps(about, sort_keys=True)})
     write_whole(path, frame)
 
 
@@ -82,8 +92,13 @@ def read_payload(path: Path) -> tuple[Payload, dict[str, Array], dict[str, Any]]
             name: LowRank(b=tensors[f"b/{name}"], a=tensors[f"a/{name}"], alpha=alpha, rslora=rslora)
             for name, (alpha, rslora) in meta["scales"].items()
         }
+        coefficients = None
+        if "subspace" in meta:
+            steps = tensors["coefficients"].astype(np.int64)
+            subspace = subspace_from(meta["subspace"])
+            coefficients = Coefficients(subspace=subspace, exponent=meta["exponent"], steps=steps)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is corrupted: {error}") from None
     dense = {name.removeprefix("dense/"): array for name, array in tensors.items() if name.startswith("dense/")}
     warm = {name.removeprefix("warm/"): array for name, array in tensors.items() if name.startswith("warm/")}
-    return Payload(factors=factors, dense=dense), warm, meta
+    return Payload(factors=factors, dense=dense, coefficients=coefficients), warm, meta

@@ -103,7 +103,7 @@ def _first(error: ValueError) -> str:
 
 
 def _steps(resident: Resident, stream: Iterable[Batch], flat: FlatParameters, knobs: Train) -> dict[str, float]:
-    optimizer = _optimizer(flat.values, knobs)
+    optimizer = make_optimizer(flat.values, knobs)
     total: dict[str, float] = {"n": 0, "loss_sum": 0.0, "tokens": 0, "steps": knobs.steps}
     remaining = iter(stream)
     for step in range(knobs.steps):
@@ -117,7 +117,7 @@ def _steps(resident: Resident, stream: Iterable[Batch], flat: FlatParameters, kn
         total["tokens"] += tokens
         if not math.isfinite(total["loss_sum"]):
             raise ValueError(f"training diverged: the loss of step {step + 1} is not finite, with lr {knobs.lr}")
-        _clip(flat, knobs.clip)
+        clip_gradient(flat.grad, knobs.clip)
         optimizer.step()
         flat.grad.zero_()
     if not bool(torch.isfinite(flat.values).all()):
@@ -125,13 +125,14 @@ def _steps(resident: Resident, stream: Iterable[Batch], flat: FlatParameters, kn
     return total
 
 
-def _clip(flat: FlatParameters, limit: float) -> None:
-    """Scale the gradient to a norm of at most `limit`, as torch's clip_grad_norm_ does; 0 leaves it alone."""
+def clip_gradient(gradient: Tensor, limit: float) -> None:
+    """Scale a gradient to a norm of at most `limit`, as torch's clip_grad_norm_ does; 0 leaves it alone."""
     if limit:
-        flat.grad.mul_((limit / (torch.linalg.vector_norm(flat.grad) + 1e-6)).clamp_(max=1.0))
+        gradient.mul_((limit / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp_(max=1.0))
 
 
-def _optimizer(values: nn.Parameter, knobs: Train) -> torch.optim.Optimizer:
+def make_optimizer(values: nn.Parameter, knobs: Train) -> torch.optim.Optimizer:
+    """The local optimiser that a recipe asks for."""
     if knobs.optimizer == "adamw":
         return torch.optim.AdamW([values], lr=knobs.lr, weight_decay=knobs.weight_decay, fused=True)
     return torch.optim.SGD([values], lr=knobs.lr, momentum=knobs.momentum, weight_decay=knobs.weight_decay)

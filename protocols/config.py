@@ -35,6 +35,8 @@ class Model(Section):
     """For `classify`: how many classes (labels are then 0, 1, ...), or their names."""
     device: str = "auto"
     """Torch device; `auto` takes CUDA where there is one."""
+    mask: str = ""
+    """A file of the weights that strategies with scope `mask` tune; `fedloom mask` makes it."""
 
 
 class Data(Section):
@@ -61,6 +63,8 @@ class Fleet(Section):
     """How many devices."""
     ranks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (32, 16, 16, 8, 8, 4, 4, 2)
     """The largest adapter rank each device can train, repeated over the fleet."""
+    capabilities: Annotated[tuple[Literal["backprop", "forward"], ...], Field(min_length=1)] = ("backprop",)
+    """What each device can run, repeated over the fleet: `backprop`, or `forward` for forward passes alone."""
     partition: Literal["natural", "iid", "dirichlet", "key", "quantity"] = "natural"
     """How a file's examples are dealt out; `natural` keeps the embedded households as they are."""
     alpha: float = Field(default=0.5, gt=0)
@@ -85,8 +89,8 @@ class Lora(Section):
 class Train(Section):
     """What one device does in one round."""
 
-    tuner: str = "lora"
-    """The local algorithm; `fedloom tuners` lists them."""
+    tuner: str = "auto"
+    """The local algorithm; `fedloom tuners` lists them; `auto` leaves it to the strategy."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimiser."""
     lr: float = Field(default=3e-3, gt=0)
@@ -103,6 +107,17 @@ class Train(Section):
     """Decoupled weight decay (AdamW) or L2 (SGD)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of SGD."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the rounds, to zero after the last."""
+    estimator: Literal["spsa", "fzoo"] = "spsa"
+    """How `zeroth_order` estimates a gradient: `spsa`, two-sided differences; `fzoo`, one-sided, divided by the spread of
+    the losses."""
+    directions: int = Field(default=1, ge=1)
+    """Directions of one zeroth-order step; `fzoo` needs at least 2."""
+    eps: float = Field(default=1e-3, gt=0)
+    """How far zeroth-order steps perturb the weights."""
+    zo_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of `zeroth_order` where it differs from lr, as in fleets of both kinds."""
 
 
 class StrategyTable(BaseModel):

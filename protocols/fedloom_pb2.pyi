@@ -29,6 +29,27 @@ class Start(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     START_PATCH: _ClassVar[Start]
     START_GIVEN: _ClassVar[Start]
     START_OWN: _ClassVar[Start]
+
+class Family(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAMILY_UNSPECIFIED: _ClassVar[Family]
+    FAMILY_GAUSSIAN: _ClassVar[Family]
+    FAMILY_RADEMACHER: _ClassVar[Family]
+    FAMILY_SKETCH: _ClassVar[Family]
+
+class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCOPE_UNSPECIFIED: _ClassVar[Scope]
+    SCOPE_ALL: _ClassVar[Scope]
+    SCOPE_LORA: _ClassVar[Scope]
+    SCOPE_MASK: _ClassVar[Scope]
+
+class Over(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OVER_UNSPECIFIED: _ClassVar[Over]
+    OVER_POOL: _ClassVar[Over]
+    OVER_STEPS: _ClassVar[Over]
+    OVER_BASIS: _ClassVar[Over]
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_FP32: Dtype
 DTYPE_FP16: Dtype
@@ -42,6 +63,18 @@ START_FRESH: Start
 START_PATCH: Start
 START_GIVEN: Start
 START_OWN: Start
+FAMILY_UNSPECIFIED: Family
+FAMILY_GAUSSIAN: Family
+FAMILY_RADEMACHER: Family
+FAMILY_SKETCH: Family
+SCOPE_UNSPECIFIED: Scope
+SCOPE_ALL: Scope
+SCOPE_LORA: Scope
+SCOPE_MASK: Scope
+OVER_UNSPECIFIED: Over
+OVER_POOL: Over
+OVER_STEPS: Over
+OVER_BASIS: Over
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape")
@@ -75,17 +108,67 @@ class Dense(_message.Message):
     tensor: Tensor
     def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
+class Subspace(_message.Message):
+    __slots__ = ("family", "k", "seed", "scope", "rank", "alpha", "rslora", "mask", "directions")
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    RSLORA_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    DIRECTIONS_FIELD_NUMBER: _ClassVar[int]
+    family: Family
+    k: int
+    seed: int
+    scope: Scope
+    rank: int
+    alpha: float
+    rslora: bool
+    mask: bytes
+    directions: int
+    def __init__(self, family: _Optional[_Union[Family, str]] = ..., k: _Optional[int] = ..., seed: _Optional[int] = ..., scope: _Optional[_Union[Scope, str]] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., rslora: _Optional[bool] = ..., mask: _Optional[bytes] = ..., directions: _Optional[int] = ...) -> None: ...
+
+class Scalars(_message.Message):
+    __slots__ = ("over", "k", "dtype", "count", "seed")
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    over: Over
+    k: int
+    dtype: Dtype
+    count: int
+    seed: int
+    def __init__(self, over: _Optional[_Union[Over, str]] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Coefficients(_message.Message):
+    __slots__ = ("subspace", "exponent", "data_bytes")
+    SUBSPACE_FIELD_NUMBER: _ClassVar[int]
+    EXPONENT_FIELD_NUMBER: _ClassVar[int]
+    DATA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    subspace: Subspace
+    exponent: int
+    data_bytes: int
+    def __init__(self, subspace: _Optional[_Union[Subspace, _Mapping]] = ..., exponent: _Optional[int] = ..., data_bytes: _Optional[int] = ...) -> None: ...
+
 class Payload(_message.Message):
-    __slots__ = ("factors", "dense", "data_bytes", "data_crc32")
+    __slots__ = ("factors", "dense", "data_bytes", "data_crc32", "scalars", "coefficients")
     FACTORS_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     DATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_CRC32_FIELD_NUMBER: _ClassVar[int]
+    SCALARS_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
     factors: _containers.RepeatedCompositeFieldContainer[LowRank]
     dense: _containers.RepeatedCompositeFieldContainer[Dense]
     data_bytes: int
     data_crc32: int
-    def __init__(self, factors: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[Dense, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., data_crc32: _Optional[int] = ...) -> None: ...
+    scalars: Scalars
+    coefficients: Coefficients
+    def __init__(self, factors: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[Dense, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., data_crc32: _Optional[int] = ..., scalars: _Optional[_Union[Scalars, _Mapping]] = ..., coefficients: _Optional[_Union[Coefficients, _Mapping]] = ...) -> None: ...
 
 class Patch(_message.Message):
     __slots__ = ("base_hash", "since", "version", "payload")
@@ -122,7 +205,7 @@ class Metric(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs")
+    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs", "subspace", "scalar_limit")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +225,8 @@ class Task(_message.Message):
     STATE_ROUND_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     KNOBS_FIELD_NUMBER: _ClassVar[int]
+    SUBSPACE_FIELD_NUMBER: _ClassVar[int]
+    SCALAR_LIMIT_FIELD_NUMBER: _ClassVar[int]
     device: str
     round: int
     rank: int
@@ -161,7 +246,9 @@ class Task(_message.Message):
     state_round: int
     wire: Dtype
     knobs: _containers.RepeatedCompositeFieldContainer[Knob]
-    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ...) -> None: ...
+    subspace: Subspace
+    scalar_limit: float
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ...) -> None: ...
 
 class Cost(_message.Message):
     __slots__ = ("seconds", "peak_rss_bytes")
@@ -232,14 +319,16 @@ class DenseShape(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ModelSpec(_message.Message):
-    __slots__ = ("base_hash", "matrices", "dense")
+    __slots__ = ("base_hash", "matrices", "dense", "mask")
     BASE_HASH_FIELD_NUMBER: _ClassVar[int]
     MATRICES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
     base_hash: str
     matrices: _containers.RepeatedCompositeFieldContainer[Matrix]
     dense: _containers.RepeatedCompositeFieldContainer[DenseShape]
-    def __init__(self, base_hash: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[Matrix, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ...) -> None: ...
+    mask: bytes
+    def __init__(self, base_hash: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[Matrix, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., mask: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("report", "spec")

@@ -194,6 +194,7 @@ class ModelSpec:
     base_hash: str
     matrices: Mapping[str, MatrixSpec]
     dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    mask: str = ""  # SHA-256 of the sparse mask that the device holds, if any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ class DeviceReport:
     rank: int  # the largest adapter rank it can train
     version: int = 0  # the patch version it holds; 0 is the public base
     state_round: int = 0  # the last round whose result the server accepted from it; 0 for none
-    capabilities: tuple[str, ...] = ("backprop",)
+    capabilities: tuple[str, ...] = ("backprop",)  # or ("forward",): forward passes alone
     software: str = ""
 
 

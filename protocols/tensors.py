@@ -7,17 +7,21 @@ of b, a row of a), because it is these that differ in size; a dense tensor keeps
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
-
 import numpy as np
 
 from fedloom.protocols import fedloom_pb2 as pb
 from fedloom.protocols import validate
+from fedloom.protocols.enums import DTYPES, member
 from fedloom.protocols.framing import ALIGN, Buffer, checksum, padding
 from fedloom.protocols.messages import Array, LowRank, Payload
 from fedloom.protocols.quantize import Float32, known_wire, load, store, stored_bytes
-
-DTYPES: Final = {"fp32": pb.DTYPE_FP32, "fp16": pb.DTYPE_FP16, "bf16": pb.DTYPE_BF16, "int8": pb.DTYPE_INT8}
+from fedloom.protocols.subspace_wire import (
+    read_coefficients,
+    read_scalars,
+    scalars_bytes,
+    write_coefficients,
+    write_scalars,
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,6 @@ class PackedPayload:
     def joined(self) -> PackedPayload:
         """The same with its data copied into one piece, independent of the arrays that it came from."""
         return PackedPayload(self.header, (b"".join(self.data),))
-
-
-def wire_name(dtype: int, where: str) -> str:
-    """The name of a dtype of fedloom.proto; ValueError for one that it does not have."""
-    for wire, known in DTYPES.items():
-        if known == dtype:
-            return wire
-    raise ValueError(f"dtype of {where} must be one of {', '.join(DTYPES)}, got number {dtype}")
 
 
 def pack_payload(payload: Payload, wire: str, seed: int) -> PackedPayload:
@@ -63,6 +59,14 @@ def pack_payload(payload: Payload, wire: str, seed: int) -> PackedPayload:
         described.a.CopyFrom(add(factor.a, 0, f"a of {name!r}"))
     for name, tensor in payload.dense.items():
         header.dense.add(name=name, tensor=add(tensor, _dense_axis(tensor.ndim), f"dense {name!r}"))
+    if payload.scalars is not None:
+        scalars, pieces = write_scalars(payload.scalars, wire, seed)
+        header.scalars.CopyFrom(scalars)
+        data += pieces
+    if payload.coefficients is not None:
+        coefficients, piece = write_coefficients(payload.coefficients)
+        header.coefficients.CopyFrom(coefficients)
+        data.append(piece)
     header.data_bytes = sum(len(piece) for piece in data)
     header.data_crc32 = checksum(data)
     return PackedPayload(header, tuple(data))
@@ -85,22 +89,31 @@ def unpack_payload(header: pb.Payload, data: memoryview, where: str) -> tuple[Pa
     validate.names(f"{where}.dense", (entry.name for entry in header.dense), len(header.dense))
     plans = [plan for entry in header.factors for plan in _factor_plans(entry)]
     plans += [_Plan.of(entry.tensor, f"dense {entry.name!r}") for entry in header.dense]
-    announced = sum(plan.padded for plan in plans)
+    scalars = scalars_bytes(header.scalars, f"{where}.scalars") if header.HasField("scalars") else 0
+    announced = sum(plan.padded for plan in plans) + scalars + header.coefficients.data_bytes
     if announced != header.data_bytes:
-        raise ValueError(f"shapes of {where} need {announced} bytes, its tensor data has {header.data_bytes}")
+        raise ValueError(f"entries of {where} need {announced} bytes, its tensor data has {header.data_bytes}")
     mine, rest = data[: header.data_bytes], data[header.data_bytes :]
     if (crc := checksum([mine])) != header.data_crc32:
         raise ValueError(f"{where} is damaged: checksum must be {header.data_crc32:#010x}, got {crc:#010x}")
-    arrays, start = list[Float32](), 0
+    arrays, left = list[Float32](), mine
     for plan in plans:
-        arrays.append(plan.read(mine[start : start + plan.padded]))
-        start += plan.padded
+        arrays.append(plan.read(left))
+        left = left[plan.padded :]
     values = iter(arrays)
     factors = {
         entry.name: LowRank(b=next(values), a=next(values), alpha=entry.alpha, rslora=entry.rslora)
         for entry in header.factors
     }
-    return Payload(factors=factors, dense={entry.name: next(values) for entry in header.dense}), rest
+    payload = Payload(
+        factors=factors,
+        dense={entry.name: next(values) for entry in header.dense},
+        scalars=read_scalars(header.scalars, left[:scalars], f"{where}.scalars") if header.HasField("scalars") else None,
+        coefficients=read_coefficients(header.coefficients, left[scalars:], f"{where}.coefficients")
+        if header.HasField("coefficients")
+        else None,
+    )
+    return payload, rest
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ class _Plan:
 
     @classmethod
     def of(cls, tensor: pb.Tensor, label: str, factor_axis: int | None = None) -> _Plan:
-        wire = wire_name(tensor.dtype, label)
+        wire = member(DTYPES, tensor.dtype, f"dtype of {label}")
         validate.shape(label, tensor.shape, least_last=0 if factor_axis == 0 else 1)  # A alone may be empty
         shape = tuple(tensor.shape)
         axis = _dense_axis(len(shape)) if factor_axis is None else factor_axis

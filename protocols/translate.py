@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fedloom.protocols import fedloom_pb2 as pb
 from fedloom.protocols import validate
+from fedloom.protocols.enums import DTYPES, KINDS, STARTS, member
 from fedloom.protocols.framing import Buffer
 from fedloom.protocols.messages import (
     Cost,
     DeviceReport,
     Hello,
-    Kind,
     MatrixSpec,
     ModelSpec,
     Patch,
     Payload,
     Refusal,
-    Start,
     Task,
     Update,
 )
-from fedloom.protocols.tensors import DTYPES, PackedPayload, unpack_payload, wire_name
+from fedloom.protocols.subspace_wire import read_subspace, write_subspace
+from fedloom.protocols.tensors import PackedPayload, unpack_payload
 
 Pack = Callable[[Payload], PackedPayload]
 Data = tuple[Buffer, ...]
 
-_KINDS: Final = {Kind.TRAIN: pb.KIND_TRAIN, Kind.EVALUATE: pb.KIND_EVALUATE}
-_STARTS: Final = {
-    Start.FRESH: pb.START_FRESH,
-    Start.PATCH: pb.START_PATCH,
-    Start.GIVEN: pb.START_GIVEN,
-    Start.OWN: pb.START_OWN,
-}
-
-K = TypeVar("K")
 V = TypeVar("V")
 
 
@@ -55,8 +46,8 @@ def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
             round=task.round,
             rank=task.rank,
             alpha=task.alpha,
-            start_from=_STARTS[task.start_from],
-            kind=_KINDS[task.kind],
+            start_from=STARTS[task.start_from],
+            kind=KINDS[task.kind],
             tuner=task.tuner,
             rslora=task.rslora,
             train_a=task.train_a,
@@ -69,6 +60,8 @@ def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
             state_round=task.state_round,
             wire=DTYPES[task.wire],
             knobs=[_knob(name, value) for name, value in task.knobs.items()],
+            subspace=None if task.subspace is None else write_subspace(task.subspace),
+            scalar_limit=task.scalar_limit,
         ),
         start.data,
     )
@@ -98,8 +91,8 @@ def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
         round=record.round,
         rank=record.rank,
         alpha=record.alpha,
-        start_from=_member(_STARTS, record.start_from, "task.start_from"),
-        kind=_member(_KINDS, record.kind, "task.kind"),
+        start_from=member(STARTS, record.start_from, "task.start_from"),
+        kind=member(KINDS, record.kind, "task.kind"),
         tuner=record.tuner,
         rslora=record.rslora,
         train_a=record.train_a,
@@ -111,8 +104,10 @@ def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
         nonce=record.nonce,
         seed=record.seed,
         state_round=record.state_round,
-        wire=wire_name(record.wire, "task.wire"),
+        wire=member(DTYPES, record.wire, "dtype of task.wire"),
         knobs=_table("task.knobs", record.knobs, _knob_value),
+        subspace=read_subspace(record.subspace, "task.subspace") if record.HasField("subspace") else None,
+        scalar_limit=record.scalar_limit,
     )
     return task, data
 
@@ -124,7 +119,7 @@ def write_update(update: Update, pack: Pack) -> tuple[pb.Update, Data]:
         device=update.device,
         round=update.round,
         examples=update.examples,
-        kind=_KINDS[update.kind],
+        kind=KINDS[update.kind],
         run=update.run,
         nonce=update.nonce,
         metrics=[pb.Metric(name=name, value=value) for name, value in update.metrics.items()],
@@ -142,7 +137,7 @@ def read_update(record: pb.Update, data: memoryview) -> tuple[Update, memoryview
         device=record.device,
         round=record.round,
         examples=record.examples,
-        kind=_member(_KINDS, record.kind, "update.kind"),
+        kind=member(KINDS, record.kind, "update.kind"),
         run=record.run,
         nonce=record.nonce,
         metrics=_table("update.metrics", record.metrics, lambda metric: metric.value),
@@ -172,6 +167,7 @@ def write_hello(hello: Hello, pack: Pack) -> tuple[pb.Hello, Data]:
                 for name, matrix in spec.matrices.items()
             ],
             dense=[pb.DenseShape(name=name, shape=shape) for name, shape in spec.dense.items()],
+            mask=bytes.fromhex(spec.mask),
         ),
     )
     return record, ()
@@ -195,6 +191,7 @@ def read_hello(record: pb.Hello, data: memoryview) -> tuple[Hello, memoryview]:
             "spec.matrices", record.spec.matrices, lambda m: MatrixSpec(d_out=m.d_out, d_in=m.d_in, kind=m.kind)
         ),
         dense=_table("spec.dense", record.spec.dense, lambda entry: tuple(entry.shape)),
+        mask=record.spec.mask.hex(),
     )
     return Hello(report=report, spec=spec), data
 
@@ -231,13 +228,6 @@ def _present(where: str, record: Any, *fields: str) -> None:
     for field in fields:
         if not record.HasField(field):
             raise ValueError(f"{where} must carry its {field}")
-
-
-def _member(members: dict[K, Any], number: int, where: str) -> K:
-    for member, known in members.items():
-        if known == number:
-            return member
-    raise ValueError(f"{where} must be one of {', '.join(map(str, members))}, got number {number}")
 
 
 def _table(where: str, entries: Collection[E], value: Callable[[E], V]) -> dict[str, V]:

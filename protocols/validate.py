@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Final
 
-from fedloom.protocols.messages import Hello, Kind, ModelSpec, Patch, Payload, Refusal, Start, Task, Update
+import numpy as np
+
+from fedloom.protocols.directions import check_k, known_family
+from fedloom.protocols.messages import (
+    Coefficients,
+    Hello,
+    Kind,
+    ModelSpec,
+    Over,
+    Patch,
+    Payload,
+    Refusal,
+    Scalars,
+    Scope,
+    Start,
+    Subspace,
+    Task,
+    Update,
+)
 from fedloom.protocols.quantize import known_wire
 
 MAX_TEXT: Final = 1024
@@ -16,6 +35,10 @@ MAX_DIMS: Final = 4
 COUNT_LIMIT: Final = 2**63
 SEED_LIMIT: Final = 2**64
 RANK_LIMIT: Final = 2**31
+MAX_SCALARS: Final = 2**22
+MAX_DIRECTIONS: Final = 2**20  # of a subspace, as in directions.check_k
+STEP_LIMIT: Final = 2**53  # |steps| of coefficients stay below it
+EXPONENTS: Final = (-1074, 1024)  # powers of two that are finite float64, subnormal ones included
 
 
 def text(where: str, value: object) -> None:
@@ -84,6 +107,72 @@ def _payload(where: str, payload: Payload) -> None:
         shape(f"a of {name!r}", factor.a.shape, least_last=0)
     for name, tensor in payload.dense.items():
         shape(f"dense {name!r}", tensor.shape)
+    if payload.scalars is not None:
+        _scalars(f"{where}.scalars", payload.scalars)
+    if payload.coefficients is not None:
+        _coefficients(f"{where}.coefficients", payload.coefficients)
+
+
+def digest(where: str, value: object) -> None:
+    """Raise ValueError unless `value` is a SHA-256 in lowercase hexadecimal, or empty."""
+    if not isinstance(value, str) or not re.fullmatch("([0-9a-f]{64})?", value):
+        raise ValueError(f"{where} must be 64 lowercase hexadecimal digits or empty, got {value!r}")
+
+
+def check_subspace(where: str, subspace: Subspace) -> None:
+    """Raise ValueError on the first field of a subspace that breaks its bounds, or does not go with its scope."""
+    known_family(subspace.family)
+    integer(f"{where}.k", subspace.k)
+    check_k(subspace.k, subspace.family)
+    one_of(f"{where}.scope", subspace.scope, Scope)
+    integer(f"{where}.seed", subspace.seed, SEED_LIMIT)
+    integer(f"{where}.rank", subspace.rank, RANK_LIMIT)
+    integer(f"{where}.directions", subspace.directions)
+    flag(f"{where}.rslora", subspace.rslora)
+    real(f"{where}.alpha", subspace.alpha)
+    digest(f"{where}.mask", subspace.mask)
+    lora = subspace.scope == Scope.LORA
+    if lora != (subspace.rank >= 1) or lora != (subspace.alpha > 0) or subspace.alpha < 0 or subspace.rslora > lora:
+        raise ValueError(
+            f"{where} must have a rank >= 1 and an alpha > 0 for scope lora and there alone, "
+            f"got rank {subspace.rank}, alpha {subspace.alpha}, rslora {subspace.rslora} for {subspace.scope}"
+        )
+    if bool(subspace.mask) != (subspace.scope == Scope.MASK):
+        raise ValueError(f"{where} must have a mask for scope mask and there alone, got {subspace.mask!r}")
+
+
+def scalar_sizes(where: str, over: Over, k: int, count: int) -> None:
+    """Raise ValueError unless `count` scalars may be sent over k directions."""
+    integer(f"{where}.k", k, MAX_DIRECTIONS + 1, least=1)
+    if not 1 <= count <= MAX_SCALARS or (over == Over.BASIS and count != k):
+        wanted = f"k, {k}," if over == Over.BASIS else f"1..{MAX_SCALARS}"
+        raise ValueError(f"{where} must have {wanted} values over {over}, got {count}")
+
+
+def _scalars(where: str, scalars: Scalars) -> None:
+    one_of(f"{where}.over", scalars.over, Over)
+    scalar_sizes(where, scalars.over, scalars.k, len(scalars.values))
+    integer(f"{where}.seed", scalars.seed, SEED_LIMIT)
+    indices = scalars.indices
+    if indices is None:
+        return
+    if not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(f"indices of {where} must be integers, got {indices.dtype}")
+    if not 0 <= int(indices.min()) <= int(indices.max()) < scalars.k:
+        raise ValueError(f"indices of {where} must be in 0..{scalars.k - 1}, got {indices.min()} to {indices.max()}")
+
+
+def _coefficients(where: str, coefficients: Coefficients) -> None:
+    check_subspace(f"{where}.subspace", coefficients.subspace)
+    steps, exponent = coefficients.steps, coefficients.exponent
+    integer(f"{where}.exponent", exponent, EXPONENTS[1], least=EXPONENTS[0])
+    if steps.dtype != np.int64:
+        raise ValueError(f"steps of {where} must be int64, got {steps.dtype}")
+    largest = max(int(steps.max()), -int(steps.min()))
+    if largest >= STEP_LIMIT:
+        raise ValueError(f"steps of {where} must lie within +-{STEP_LIMIT - 1}, got {largest}")
+    if largest.bit_length() + exponent > EXPONENTS[1]:
+        raise ValueError(f"{where} must be finite, got {largest} x 2^{exponent}")
 
 
 def positive(where: str, value: object) -> None:
@@ -136,6 +225,11 @@ def check_task(task: Task) -> None:
     _payload("task.start", task.start)
     if task.patch is not None:
         _patch(task.patch)
+    if task.subspace is not None:
+        check_subspace("task.subspace", task.subspace)
+    real("task.scalar_limit", task.scalar_limit)
+    if task.scalar_limit < 0:
+        raise ValueError(f"task.scalar_limit must be >= 0, got {task.scalar_limit}")
 
 
 def check_update(update: Update) -> None:
@@ -160,6 +254,7 @@ def _spec(spec: ModelSpec) -> None:
     text("spec.base_hash", spec.base_hash)
     names("spec.matrices", spec.matrices, len(spec.matrices))
     names("spec.dense", spec.dense, len(spec.dense))
+    digest("spec.mask", spec.mask)
     for name, matrix in spec.matrices.items():
         text(f"kind of {name!r}", matrix.kind)
         integer(f"d_out of {name!r}", matrix.d_out, least=1)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedloom.protocols.messages import Kind, ModelSpec, Payload, Task, Update
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.protocols.messages import Kind, ModelSpec, Over, Payload, Task, Update
 from fedloom.strategies import intake as strategies_intake
+from fedloom.strategies.subspace import check_scalars
 
 
 def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
@@ -25,6 +29,9 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
         if update.payload:
             raise ValueError("this task asks for no tensors, got some")
         return
+    if task.subspace is not None:
+        _check_scalars(update, task)
+        return
     strategies_intake.check_update(update, spec, shared_a=not task.train_a)
     for name, term in update.payload.factors.items():
         if (term.rank, term.alpha, term.rslora) != (task.rank, task.alpha, task.rslora):
@@ -32,6 +39,22 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
                 f"factors of {name} must have the task's rank {task.rank} and alpha {task.alpha:g}, "
                 f"got rank {term.rank} and alpha {term.alpha:g}"
             )
+
+
+def _check_scalars(update: Update, task: Task) -> None:
+    """Scalars along the directions that the task gave, in its order."""
+    if task.subspace is None:
+        return
+    scalars = check_scalars(update, task.subspace, task.scalar_limit)
+    if scalars.over == Over.STEPS and scalars.seed != task.seed:
+        raise ValueError(f"scalars must be along the directions of the task's seed {task.seed}, got {scalars.seed}")
+    listed = task.start.scalars
+    if listed is not None and not _begins(listed.indices, scalars.indices):
+        raise ValueError("scalars must be along the directions that the task lists, got others")
+
+
+def _begins(whole: NDArray[np.int64] | None, part: NDArray[np.int64] | None) -> bool:
+    return whole is not None and part is not None and np.array_equal(whole[: len(part)], part)
 
 
 def without_tensors(update: Update) -> Update:

@@ -11,6 +11,7 @@ One round:
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -242,15 +243,15 @@ class Coordinator:
         config = self._config
         evaluation = {"batch_size": config.eval.batch_size, "rouge": int(config.eval.rouge)}
         evaluation["max_new_tokens"] = config.eval.max_new_tokens
-        training = config.train.model_dump(exclude={"tuner"}) | {"dropout": config.lora.dropout}
+        knobs = training_knobs(config, task.round) if task.kind == Kind.TRAIN else evaluation
         return replace(
             task,
             run=self._run,
             nonce=derive_seed(self._run, "nonce", task.kind, task.round, task.device),
             seed=derive_seed(config.seed, "task", task.round, task.device),
-            tuner=config.train.tuner,
+            tuner=task.tuner if config.train.tuner == "auto" else config.train.tuner,
             wire=config.wire.up,
-            knobs=training if task.kind == Kind.TRAIN else evaluation,
+            knobs={**knobs, **task.knobs},
         )
 
     def _evaluation_is_due(self, round: int) -> bool:
@@ -268,6 +269,19 @@ class Coordinator:
             refused=self._ledger.refused,
         )
         write_checkpoint(self._out / CHECKPOINTS, checkpoint, keep=self._config.server.keep_checkpoints)
+
+
+def training_knobs(config: RunConfig, round: int) -> dict[str, float | int | str]:
+    """What a device needs to be told of a recipe's training: what is not the default."""
+    train = config.train
+    told = train.model_dump(exclude={"tuner", "schedule"}, exclude_defaults=True)
+    if config.lora.dropout:
+        told["dropout"] = config.lora.dropout
+    if train.schedule == "constant":
+        return told
+    done = (round - 1) / config.server.rounds
+    share = 1 - done if train.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return told | {"lr": train.lr * share} | ({"zo_lr": train.zo_lr * share} if train.zo_lr else {})
 
 
 def _at_least(updates: Iterator[Update], least: int, refusals: Sequence[str]) -> Iterator[Update]:

@@ -51,6 +51,10 @@ class Fleet:
         ranks = self._config.fleet.ranks
         return ranks[index % len(ranks)]
 
+    def capability(self, index: int) -> str:
+        capabilities = self._config.fleet.capabilities
+        return capabilities[index % len(capabilities)]
+
     def holding(self, index: int) -> Holding:
         if index not in self._holdings:
             data = self._config.data

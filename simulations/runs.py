@@ -47,9 +47,13 @@ class Member:
 
 
 def run_name(config: RunConfig) -> str:
-    """A name that two recipes share only if they give the same run, whatever the number of rounds or workers."""
+    """A name that two recipes share only if they give the same run, whatever the number of rounds or workers.
+
+    A learning rate that falls over the rounds makes their number part of the run.
+    """
     table = config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
-    del table["server"]["rounds"]
+    if config.train.schedule == "constant":
+        del table["server"]["rounds"]
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -132,7 +136,8 @@ def run_recipe(
 def _preflight(config: RunConfig) -> None:
     """Raise what can be known to be wrong before a folder is touched or a device is started."""
     build_strategy(config)
-    tuners.get(config.train.tuner)
+    if config.train.tuner != "auto":
+        tuners.known(config.train.tuner)
     Fleet(config)
 
 

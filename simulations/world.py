@@ -50,6 +50,7 @@ class World:
                 test=holding.test,
                 store=DeviceStore(self._work / "patches", self._work / "state" / name),
                 rank=self._fleet.rank(index),
+                capability=self._fleet.capability(index),
                 data_config=self._config.data,
                 eval_config=self._config.eval,
                 limit=self._config.wire.limit_mb * 2**20,

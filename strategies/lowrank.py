@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.protocols.messages import Array, LowRank, MatrixSpec, ModelSpec, Payload, unscaled
+from fedloom.protocols.messages import Array, Coefficients, LowRank, MatrixSpec, ModelSpec, Payload, unscaled
+from fedloom.strategies.coefficients import plus as plus_coefficients
 from fedloom.strategies.spectrum import leading
 
 RECOMPRESS = 1024  # looking for a lower numerical rank in a taller stack costs more than it ever saves
@@ -299,7 +300,14 @@ def add(newer: Payload, older: Payload, spec: ModelSpec) -> Payload:
         name: _add_matrices(delta_of(newer, name), delta_of(older, name), matrix)
         for name, matrix in spec.matrices.items()
     }
-    return payload_of(matrices, add_heads(newer.dense, older.dense, spec))
+    heads = add_heads(newer.dense, older.dense, spec)
+    return replace(payload_of(matrices, heads), coefficients=_add_coefficients(newer.coefficients, older.coefficients))
+
+
+def _add_coefficients(newer: Coefficients | None, older: Coefficients | None) -> Coefficients | None:
+    if newer is None or older is None:
+        return newer or older
+    return plus_coefficients(newer, older)
 
 
 def add_heads(newer: Mapping[str, Array], older: Mapping[str, Array], spec: ModelSpec) -> dict[str, Array]:

@@ -22,6 +22,7 @@ def spec_to_meta(spec: ModelSpec) -> dict[str, Any]:
         "base_hash": spec.base_hash,
         "matrices": {name: [matrix.d_out, matrix.d_in, matrix.kind] for name, matrix in spec.matrices.items()},
         "dense": {name: list(shape) for name, shape in spec.dense.items()},
+        "mask": spec.mask,
     }
 
 
@@ -36,6 +37,7 @@ def spec_from_meta(table: Mapping[str, Any]) -> ModelSpec:
         base_hash=table["base_hash"],
         matrices={name: MatrixSpec(d_out=m[0], d_in=m[1], kind=m[2]) for name, m in table["matrices"].items()},
         dense={name: tuple(shape) for name, shape in table["dense"].items()},
+        mask=table["mask"],
     )
 
 

@@ -15,7 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedloom.protocols.config import nearest
 from fedloom.strategies.base import Scaling, Strategy
+from fedloom.strategies.decomfl import DeComFL
 from fedloom.strategies.fedit import FedIT
+from fedloom.strategies.fedkseed import FedKSeed
+from fedloom.strategies.fedkseed_pro import FedKSeedPro
 from fedloom.strategies.fedloom import Fedloom
 from fedloom.strategies.ffa import FFA
 from fedloom.strategies.flexlora import FlexLoRA
@@ -23,6 +26,7 @@ from fedloom.strategies.flora import Flora
 from fedloom.strategies.hetlora import HetLoRA
 from fedloom.strategies.local import Local
 from fedloom.strategies.server_optimizer import MergeOptions
+from fedloom.strategies.sketch import Sketch
 
 GROUP = "fedloom.strategies"
 _OURS: dict[str, type[Any]] = {
@@ -32,6 +36,10 @@ _OURS: dict[str, type[Any]] = {
     "hetlora": HetLoRA,
     "fedit": FedIT,
     "ffa": FFA,
+    "fedkseed": FedKSeed,
+    "fedkseed_pro": FedKSeedPro,
+    "decomfl": DeComFL,
+    "sketch": Sketch,
     "local": Local,
 }
 

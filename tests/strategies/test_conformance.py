@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
-from toy_fleet import SPEC, answers, close, dense_of, merge, noise_payload, reports, update_of
+from toy_fleet import K, SPEC, STEPS, answer, answers, close, dense_of, merge, noise_payload, reports, update_of
 
-from fedloom.protocols.messages import Kind, LowRank, MatrixSpec, ModelSpec, Payload, Start
+from fedloom.protocols.messages import Kind, LowRank, MatrixSpec, ModelSpec, Over, Payload, Scalars, Start
 from fedloom.strategies.base import Scaling, State, Strategy
 from fedloom.strategies.ffa import drop_a, fill_a
 from fedloom.strategies.registry import build, names
 
+FINE = {"k": K, "downlink_bits": 40}  # rounding is tested in test_coefficients.py
 MIXED, EQUAL = (8, 4, 2, 1, 6), (4, 4, 4, 4, 4)
 CASES = {
     "fedloom": ("fedloom", {"rank_cap": 20}, MIXED),
@@ -33,11 +34,24 @@ CASES = {
     "fedit clipped": ("fedit", {"clip_norm": 2.0}, EQUAL),
     "ffa": ("ffa", {}, EQUAL),
     "ffa fedavgm": ("ffa", {"server_optimizer": "fedavgm"}, EQUAL),
+    "fedkseed": ("fedkseed", FINE, MIXED),
+    "fedkseed gaussian, adapters": ("fedkseed", FINE | {"family": "gaussian", "scope": "lora"}, MIXED),
+    "fedkseed clipped, momentum": ("fedkseed", FINE | {"clip_norm": 1.0, "server_optimizer": "fedavgm"}, MIXED),
+    "fedkseed_pro": ("fedkseed_pro", FINE | {"draws": STEPS}, MIXED),
+    "fedkseed_pro corrected": ("fedkseed_pro", FINE | {"draws": STEPS, "correct": True}, MIXED),
+    "decomfl": ("decomfl", FINE, MIXED),
+    "sketch": ("sketch", FINE, MIXED),
+    "sketch mixed fleet": ("sketch", FINE | {"exchange": "gradient"}, MIXED),
+    "sketch fedadam": ("sketch", FINE | {"exchange": "gradient", "server_optimizer": "fedadam"}, MIXED),
     "local": ("local", {}, MIXED),
 }
+SEEDS = {name for name in CASES if name.startswith(("fedkseed", "decomfl", "sketch"))}
+FORWARD = {"sketch mixed fleet": (1, 3), "sketch fedadam": (0, 1)}
 MERGING = {name: case for name, case in CASES.items() if name != "local"}
+FACTORS = [name for name in MERGING if name not in SEEDS]
 ONE_IS_ALL = ["fedloom", "flora", "flexlora", "hetlora", "fedit", "ffa"]
-WEIGHTED = [name for name in MERGING if name != "hetlora"]
+ONE_IS_ALL_SEEDS = ["fedkseed", "fedkseed_pro", "decomfl", "sketch"]
+WEIGHTED = [name for name in MERGING if name not in ("hetlora", "decomfl")]
 
 
 def make(case):
@@ -45,15 +59,20 @@ def make(case):
     return build(name, options, Scaling()), ranks
 
 
+def fleet(case, version=0):
+    """The devices of a case."""
+    return reports(CASES[case][2], version=version, forward=FORWARD.get(case, ()))
+
+
 def begin(case, spec=SPEC, rounds=2, dtype=np.float64, seed=0):
     """A strategy, its devices and its state after a few rounds."""
-    strategy, ranks = make(case)
+    strategy, _ = make(case)
     rng = np.random.default_rng(seed)
-    state = strategy.init(spec, seed, reports(ranks))
+    state = strategy.init(spec, seed, fleet(case))
     for round in range(rounds):
-        devices = reports(ranks, version=state.version)
+        devices = fleet(case, version=state.version)
         state = strategy.aggregate(state, answers(strategy, state, devices, spec, rng, round, dtype))
-    return strategy, reports(ranks, version=state.version), state, rng
+    return strategy, fleet(case, version=state.version), state, rng
 
 
 def model(strategy, state, spec=SPEC):
@@ -119,7 +138,7 @@ def test_examples_weigh(case):
     close(model(strategy, strategy.aggregate(state, scaled)), one, 1e-9)
 
 
-@pytest.mark.parametrize("case", ONE_IS_ALL)
+@pytest.mark.parametrize("case", ONE_IS_ALL + ONE_IS_ALL_SEEDS)
 def test_one_device_alone_is_the_model(case):
     strategy, ranks = make(case)
     device = reports(ranks)[:1]
@@ -150,13 +169,19 @@ def test_a_round_without_examples_is_refused(case):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("case", MERGING)
+@pytest.mark.parametrize("case", FACTORS)
 def test_dtype_follows_the_updates(case, dtype):
     _, _, state, _ = begin(case, dtype=dtype, rounds=3)
     assert {x.dtype for x in state.tensors.values()} == {np.dtype(dtype)}
 
 
-@pytest.mark.parametrize("case", MERGING)
+@pytest.mark.parametrize("case", sorted(SEEDS))
+def test_coefficients_are_kept_in_float64(case):
+    _, _, state, _ = begin(case, dtype=np.float32)
+    assert {x.dtype for x in state.tensors.values()} == {np.dtype(np.float64)}
+
+
+@pytest.mark.parametrize("case", FACTORS)
 def test_half_precision_updates_are_summed_in_float32(case):
     strategy, devices, state, rng = begin(case, rounds=1, dtype=np.float32)
     updates = answers(strategy, state, devices, SPEC, rng, dtype=np.float16)
@@ -180,7 +205,9 @@ def as_dtype(payload, dtype):
         name: LowRank(b=t.b.astype(dtype), a=t.a.astype(dtype), alpha=t.alpha, rslora=t.rslora)
         for name, t in payload.factors.items()
     }
-    return Payload(factors=factors, dense={name: x.astype(dtype) for name, x in payload.dense.items()})
+    scalars = payload.scalars and replace(payload.scalars, values=payload.scalars.values.astype(dtype))
+    dense = {name: x.astype(dtype) for name, x in payload.dense.items()}
+    return Payload(factors=factors, dense=dense, scalars=scalars)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -235,10 +262,14 @@ def test_memory_is_flat_in_the_number_of_devices(case):
     strategy, ranks = make(case)
     rank = min(ranks) + 3 if ranks == MIXED else 4
     state = strategy.init(WIDE, 0, reports([rank]))
+    (task,) = strategy.plan(state, reports([rank]), 1)
 
     def stream(count):
         rng = np.random.default_rng(0)
         for i in range(count):
+            if case in SEEDS:
+                yield replace(answer(task, WIDE, rng, 1 + i), device=f"d{i}")
+                continue
             payload = noise_payload(rng, WIDE, rank, 2.0 * rank)
             yield update_of(drop_a(payload) if case.startswith("ffa") else payload, f"d{i}", 1 + i)
 
@@ -262,7 +293,7 @@ def test_some_of_the_devices_are_enough(case):
     assert state.version == 6
     assert all(np.isfinite(x).all() for x in state.tensors.values())
     for task, device in zip(strategy.plan(state, devices, 6), devices, strict=True):
-        assert task.rank == device.rank
+        assert task.rank == device.rank or case in SEEDS
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -286,6 +317,9 @@ def test_a_late_joiner_reaches_the_same_model(case, dtype):
     for version, mine in held.values():
         assert version == 20
         close(mine, held[1][1], 1e-6)
+        if case in SEEDS:  # whole numbers: to the last bit, where factors are to rounding
+            np.testing.assert_array_equal(mine["coefficients"], model(strategy, state)["coefficients"])
+            continue
         close({"h": mine["head.weight"]}, {"h": strategy.adapter(state).dense["head.weight"]}, 1e-6)
 
 
@@ -348,6 +382,51 @@ def test_a_bad_update_is_refused_and_changes_nothing(case, fault):
         strategy.aggregate(state, [good[0], bad, good[2]])
     for name, x in state.tensors.items():
         np.testing.assert_array_equal(x, before[name])
+    same(strategy.aggregate(state, good), strategy.aggregate(state, good))
+
+
+def spoil_scalars(scalars, fault):
+    """Scalars with one fault."""
+    values = scalars.values.copy()
+    if fault == "NaN":
+        values[0] = np.nan
+        return replace(scalars, values=values)
+    if fault == "past the limit":
+        values[0] = 10.5
+        return replace(scalars, values=values)
+    if fault == "another k":
+        return Scalars(over=Over.BASIS, k=2 * K, values=np.ones(2 * K))
+    if fault == "too few coordinates":
+        return Scalars(over=Over.BASIS, k=K, values=np.ones(K - 1))
+    if fault == "index out of range":
+        return Scalars(over=Over.POOL, k=K, values=np.ones(1), indices=np.array([K]))
+    return None
+
+
+SCALAR_FAULTS = {
+    "NaN": "must carry finite scalars",
+    "past the limit": r"must carry scalars within \+-10, got 10.5",
+    "another k": f"of {K}, got basis of {2 * K}",
+    "too few coordinates": f"must carry {K} coordinates, got {K - 1}|must carry scalars over pool",
+    "index out of range": f"must carry seed indices in 0..{K - 1}, got {K}|must carry scalars over steps or basis",
+    "nothing": "must carry scalars and nothing else",
+    "tensors beside": "must carry scalars and nothing else",
+}
+
+
+@pytest.mark.parametrize("fault", SCALAR_FAULTS)
+@pytest.mark.parametrize("case", ONE_IS_ALL_SEEDS)
+def test_bad_scalars_are_refused_and_change_nothing(case, fault):
+    name, options, _ = CASES[case]
+    strategy = build(name, options | {"scalar_limit": 10.0}, Scaling())
+    _, devices, state, rng = begin(case)
+    good = answers(strategy, state, devices, SPEC, rng)
+    payload = good[1].payload
+    bad = replace(payload, scalars=spoil_scalars(payload.scalars, fault))
+    if fault == "tensors beside":
+        bad = replace(payload, dense={"head.weight": np.ones((3, 5))})
+    with pytest.raises(ValueError, match=f"update of d1 ({SCALAR_FAULTS[fault]}|.*{SCALAR_FAULTS[fault]})"):
+        strategy.aggregate(state, [good[0], replace(good[1], payload=bad), good[2]])
     same(strategy.aggregate(state, good), strategy.aggregate(state, good))
 
 

@@ -7,18 +7,24 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedloom.protocols.directions import pool_keys, signs
 from fedloom.protocols.messages import (
     DeviceReport,
     LowRank,
     MatrixSpec,
     ModelSpec,
+    Over,
     Payload,
+    Scalars,
     Start,
     Task,
     Update,
 )
+from fedloom.protocols.seeds import derive_seed, draw_indices
 from fedloom.strategies.base import State, Strategy
 from fedloom.strategies.ffa import drop_a, fill_a
+
+K, STEPS = 16, 6
 
 SPEC = ModelSpec(
     base_hash="toy",
@@ -31,8 +37,18 @@ SPEC = ModelSpec(
 PLAIN = replace(SPEC, dense={})
 
 
-def reports(ranks: Sequence[int], version: int = 0) -> list[DeviceReport]:
-    return [DeviceReport(device=f"d{i}", examples=3 + i, rank=r, version=version) for i, r in enumerate(ranks)]
+def reports(ranks: Sequence[int], version: int = 0, forward: Sequence[int] = ()) -> list[DeviceReport]:
+    """Devices of these ranks; those numbered in `forward` cannot backpropagate."""
+    return [
+        DeviceReport(
+            device=f"d{i}",
+            examples=3 + i,
+            rank=r,
+            version=version,
+            capabilities=("forward",) if i in forward else ("backprop",),
+        )
+        for i, r in enumerate(ranks)
+    ]
 
 
 def noise_payload(rng, spec, rank, alpha, *, rslora=False, dtype=np.float64) -> Payload:
@@ -56,6 +72,8 @@ def answer(task: Task, spec: ModelSpec, rng, examples: int, dtype=np.float64) ->
     """What a device might send: noise around what it was given."""
     if not task.send:
         return Update(device=task.device, round=task.round, examples=examples)
+    if task.subspace is not None:
+        return update_of(Payload(scalars=scalars_for(task, rng, dtype)), task.device, examples, task.round)
     payload = noise_payload(rng, spec, task.rank, task.alpha, rslora=task.rslora, dtype=dtype)
     if task.start_from is Start.GIVEN:
         start = task.start if task.shared_a_seed is None else fill_a(task.start, task.shared_a_seed, spec)
@@ -73,6 +91,22 @@ def answer(task: Task, spec: ModelSpec, rng, examples: int, dtype=np.float64) ->
     return update_of(payload, task.device, examples, task.round)
 
 
+def scalars_for(task: Task, rng, dtype=np.float64) -> Scalars:
+    """Noise along the directions that a task gives."""
+    k = task.subspace.k
+    if task.tuner == "subspace":
+        return Scalars(over=Over.BASIS, k=k, values=rng.standard_normal(k).astype(dtype))
+    values = rng.standard_normal(STEPS).astype(dtype)
+    if task.subspace.family == "sketch":
+        return Scalars(over=Over.STEPS, k=k, values=values, seed=derive_seed("toy", task.round, task.device))
+    if task.start.scalars is not None:
+        indices = task.start.scalars.indices[:STEPS]
+    else:
+        seed = task.knobs.get("draw_seed") or derive_seed("toy", task.round, task.device)
+        indices = draw_indices(seed, k, STEPS)
+    return Scalars(over=Over.POOL, k=k, values=values, indices=indices)
+
+
 def answers(strategy: Strategy, state: State, devices, spec, rng, round=0, dtype=np.float64) -> list[Update]:
     return [answer(task, spec, rng, 2 + 3 * i, dtype) for i, task in enumerate(strategy.plan(state, devices, round))]
 
@@ -81,11 +115,31 @@ def dense_of(payload: Payload, spec: ModelSpec = SPEC) -> dict[str, np.ndarray]:
     """Every matrix and head of a payload, dense float64; zero where it has none."""
     out = {name: np.zeros((m.d_out, m.d_in)) for name, m in spec.matrices.items()}
     out |= {name: np.zeros(shape) for name, shape in spec.dense.items()}
+    out["coefficients"] = np.zeros(K)
     for name, term in payload.factors.items():
         out[name] = out[name] + term.scale * (term.b.astype(np.float64) @ term.a.astype(np.float64))
     for name, value in payload.dense.items():
         out[name] = out[name] + value
+    if payload.coefficients is not None:
+        out["coefficients"] = payload.coefficients.values()
+    if payload.scalars is not None:
+        out["coefficients"] = steps_of(payload.scalars)
     return out
+
+
+def steps_of(scalars: Scalars) -> np.ndarray:
+    """What scalars add to the coefficients, by their definition."""
+    values = scalars.values.astype(np.float64)
+    if scalars.over == Over.BASIS:
+        return values
+    if scalars.over == Over.POOL:
+        return np.eye(scalars.k)[scalars.indices].T @ values
+    return np.array([step_direction(scalars.seed, t, scalars.k) for t in range(len(values))]).T @ values
+
+
+def step_direction(seed: int, t: int, k: int) -> np.ndarray:
+    """v_t: the signs of the key that the task's seed gives to step t."""
+    return signs(int(pool_keys(seed, np.array([t]))[0]), "", 0, k).astype(np.float64)
 
 
 def exact_mean(updates: Iterable[Update], spec: ModelSpec = SPEC, weights=None) -> dict[str, np.ndarray]:
