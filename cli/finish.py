@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from fedloom.client.data import Dataset
 from fedloom.client.export import export_merged, export_peft
+from fedloom.client.mask import make_mask, write_mask
 from fedloom.client.model import load_model
+from fedloom.client.parts import parameter_names
 from fedloom.protocols.config import RunConfig
 from fedloom.server.app import build_strategy
 from fedloom.server.checkpoint import latest_checkpoint
 from fedloom.server.loop import CHECKPOINTS
+from fedloom.simulations.fleet import Fleet
 from fedloom.simulations.report import write_report
 from fedloom.simulations.runs import SUMMARY_FILE, Member, members, read_run
 from fedloom.simulations.world import base_model
@@ -56,6 +61,21 @@ def export_run(out: Path, *, merged: bool, to: Path | None = None, label: str = 
     shutil.rmtree(folder, ignore_errors=True)
     (export_merged if merged else export_peft)(payload, resident, folder)
     return folder
+
+
+def write_public_mask(config: RunConfig, to: Path, share: float) -> dict[str, Any]:
+    """Choose a sparse mask on a recipe's model and the first device's training data, taken as public.
+
+    Raises:
+        ValueError: for a bad recipe or share.
+    """
+    resident = load_model(base_model(config), config.lora, seed=config.seed)
+    examples = Fleet(config).holding(0).train
+    data = Dataset(examples, resident, max_length=config.data.max_length, name="the public data")
+    mask = make_mask(resident, data, share=share, batch_size=config.train.batch_size)
+    digest = write_mask(mask, to)
+    total = sum(parameter.numel() for parameter in parameter_names(resident.model).values())
+    return {"file": str(to), "weights": sum(len(index) for index in mask.values()), "of": total, "sha256": digest}
 
 
 def _chosen(config: RunConfig, out: Path, label: str) -> Member:

@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedloom.cli.bench.commands import app as bench
+
 app = typer.Typer(
     name="fedloom",
     no_args_is_help=True,
@@ -23,6 +25,8 @@ app = typer.Typer(
         "Start with `fedloom run quick` (a minute), then `fedloom recipes` and `fedloom strategies`."
     ),
 )
+
+app.add_typer(bench, name="bench")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
@@ -117,6 +121,31 @@ def recipes(
         print(recipe_reference(), end="")
     else:
         show_or_json(_console(), as_json, "Recipes", ("name", "what it shows"), embedded())
+
+
+@app.command()
+def mask(
+    recipe: Annotated[str, typer.Argument(help="A recipe: its model, and as data the public text to measure on.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("mask.safetensors"),
+    share: Annotated[float, typer.Option(help="Share of the weights to tune, 0 to 1.")] = 0.001,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. data.source=public.csv.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose the weights that matter most on public text, for strategies with `scope = "mask"`.
+
+    Hand the file to every device with the base (recipe key `model.mask`): all must hold the same one.
+    """
+    from fedloom.cli.finish import write_public_mask
+    from fedloom.protocols.config import read_recipe
+    from fedloom.simulations.cookbook import find_recipe
+
+    made = write_public_mask(read_recipe(find_recipe(recipe), set_ or []), out, share)
+    if as_json:
+        print(json.dumps(made))
+    else:
+        _console().print(f"{made['file']}: {made['weights']:,} of {made['of']:,} weights, sha256 {made['sha256'][:12]}")
 
 
 @app.command()

@@ -66,14 +66,14 @@ def add_sketch_rows(out: Tensor, base: Tensor, rows: Tensor, *, name: str, seed:
     cpu.add_sketch_rows(_view(out), _view(base), rows.numpy(), name=name, seed=seed, c=c, threads=threads)
 
 
-def fold_sketch(into: Tensor, gradient: Tensor, *, name: str, seed: int) -> None:
-    """into += S' gradient, [K] float32."""
+def fold_sketch(into: Tensor, gradient: Tensor, *, name: str, seed: int, start: int = 0) -> None:
+    """into += S' gradient, [K] float32, for the elements from `start` on."""
     if gradient.is_cuda:
         from fedloom.client import triton_kernels as cuda
 
-        cuda.fold_sketch(into, gradient, name=name, start=0, seed=seed)
+        cuda.fold_sketch(into, gradient, name=name, start=start, seed=seed)
         return
-    cpu.fold_sketch(_view(into), _view(gradient), name=name, start=0, seed=seed, threads=torch.get_num_threads())
+    cpu.fold_sketch(_view(into), _view(gradient), name=name, start=start, seed=seed, threads=torch.get_num_threads())
 
 
 def _view(tensor: Tensor) -> NDArray[Any]:

@@ -5,7 +5,8 @@
 Each parameter's gradient is folded into the K-vector by a hook as soon as it is there, and let go; the weights are
 rebuilt from W0 after each step, so they are round(W0 + S c) at any time.
 
-With the knob `exchange = "gradient"` the model stays where it is and what is sent is minus the mean gradient.
+With the knob `exchange = "gradient"` the model stays where it is and what is sent is minus the mean gradient; with `path`
+local steps are SGD's and what is sent is their mean, c / (lr T).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from fedloom.client.data import Dataset, batches
 from fedloom.client.parts import Part
 from fedloom.client.place import Place
 from fedloom.client.training import clip_gradient, forward_logits, loss_sum, make_optimizer, read_knobs
+from fedloom.client.zeroth_order import clip_scalars
 from fedloom.protocols.messages import Over, Scalars, Task
 from fedloom.protocols.seeds import derive_seed
 
@@ -40,7 +41,9 @@ def subspace(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, Mappi
     if place.subspace.family != "sketch":
         raise ValueError(f"the subspace tuner must have a sketch, got directions of family {place.subspace.family!r}")
     knobs = read_knobs(task)
-    gradient = task.knobs.get("exchange", "delta") == "gradient"
+    exchange = task.knobs.get("exchange", "delta")
+    if exchange == "path":
+        knobs = knobs.model_copy(update={"optimizer": "sgd"})
     generator = torch.Generator().manual_seed(derive_seed(task.seed, "train", task.round, task.device))
     stream = batches(dataset, knobs.batch_size, knobs.steps * knobs.accumulate, generator)
     c = nn.Parameter(torch.zeros(place.subspace.k, dtype=torch.float32))
@@ -60,28 +63,37 @@ def subspace(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, Mappi
             total["tokens"] += tokens
             if not math.isfinite(total["loss_sum"]):
                 raise ValueError(f"training diverged: the loss of step {step + 1} is not finite, with lr {knobs.lr}")
-            if gradient:
+            if exchange == "gradient":
                 continue
             clip_gradient(c.grad, knobs.clip)
             optimizer.step()
             c.grad.zero_()
             place.rebuild(place.start + c.detach().double().numpy())
-    change = -c.grad / knobs.steps if gradient else c.detach()
-    values = _clipped(change.numpy().copy(), task.scalar_limit)
+    change = c.detach() / (knobs.lr * knobs.steps if exchange == "path" else 1.0)
+    change = -c.grad / knobs.steps if exchange == "gradient" else change
+    values = clip_scalars(change.numpy(), task.scalar_limit)
     return Scalars(over=Over.BASIS, k=place.subspace.k, values=values), total
 
 
 @contextmanager
 def folding(place: Place, into: Tensor) -> Iterator[None]:
-    """Backward passes in the block add S' grad to `into` [K], layer by layer, and keep no other gradient."""
+    """Backward passes in the block add S' grad to `into` [K], layer by layer, and keep no other gradient.
+
+    An embedding's gradient is made for the rows of the batch alone, where its table is used nowhere else.
+    """
     trained = {id(part.parameter): part.parameter.requires_grad for part in place.parts}
+    tables = lone_tables(place.resident.model)
     hooks = []
     try:
+        for table in tables:
+            table.sparse = True
         for part in place.parts:
             part.parameter.requires_grad_(True)
             hooks.append(part.parameter.register_post_accumulate_grad_hook(_fold(place, part, into)))
         yield
     finally:
+        for table in tables:
+            table.sparse = False
         for hook in hooks:
             hook.remove()
         for part in place.parts:
@@ -89,18 +101,31 @@ def folding(place: Place, into: Tensor) -> Iterator[None]:
             part.parameter.requires_grad_(trained[id(part.parameter)])
 
 
+def lone_tables(model: nn.Module) -> list[nn.Embedding]:
+    """The embeddings whose table is no other module's weight."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and not module.sparse]
+    return [table for table in tables if owners[id(table.weight)] == 1 and not table.scale_grad_by_freq]
+
+
 def _fold(place: Place, part: Part, into: Tensor) -> Callable[[Tensor], None]:
     seed = place.subspace.seed
 
     def fold(parameter: Tensor) -> None:
-        if parameter.grad is None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
             return
-        flat = parameter.grad.contiguous().view(-1)
-        kernels.fold_sketch(into, flat if part.index is None else flat[part.index], name=part.name, seed=seed)
-        parameter.grad = None
+        if part.index is not None:
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            kernels.fold_sketch(into, dense.contiguous().view(-1)[part.index], name=part.name, seed=seed)
+        elif gradient.is_sparse:
+            rows = gradient.coalesce()
+            for row, values in zip(rows.indices()[0].tolist(), rows.values(), strict=True):
+                kernels.fold_sketch(into, values, name=part.name, seed=seed, start=row * values.numel())
+        else:
+            kernels.fold_sketch(into, gradient.contiguous().view(-1), name=part.name, seed=seed)
 
     return fold
-
-
-def _clipped(values: np.ndarray, limit: float) -> np.ndarray:
-    return np.clip(values, -limit, limit) if limit else values

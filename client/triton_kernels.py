@@ -84,9 +84,9 @@ def _signs(table: tl.tensor, key: tl.tensor, number: tl.tensor, tile: tl.constex
 
 @_jit
 def _poly(x: tl.tensor, coefficients: tl.constexpr, terms: tl.constexpr) -> Any:
-    value = x * coefficients[0] + coefficients[1]
+    value = x * coefficients.value[0] + coefficients.value[1]
     for i in tl.static_range(2, terms):
-        value = value * x + coefficients[i]
+        value = value * x + coefficients.value[i]
     return value
 
 

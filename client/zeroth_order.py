@@ -8,7 +8,8 @@ Only the scalars rho travel: the product of learning rate and projected gradient
 needs to know the learning rate. What z is depends on the subspace: one of a pool of K, or S v with v in {-1, +1}^K.
 
 With the knob `exchange = "gradient"` the model stays where it is and the scalars are -g_j / (T q): the mean of g_j v_j
-over all T q directions estimates the gradient in the subspace, E[g v] = S' grad L.
+over all T q directions estimates the gradient in the subspace, E[g v] = S' grad L. With `path` the model moves as usual
+and the scalars are rho_j / (lr T): the same mean along the way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +107,7 @@ def zeroth_order(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, M
         ValueError: for a bad knob, or when a loss stops being finite.
     """
     knobs = read_knobs(task)
-    gradient = task.knobs.get("exchange", "delta") == "gradient"
+    exchange = task.knobs.get("exchange", "delta")
     generator = torch.Generator().manual_seed(derive_seed(task.seed, "train", task.round, task.device))
     stream = batches(dataset, knobs.batch_size, knobs.steps * knobs.accumulate, generator)
     count = knobs.steps * knobs.directions
@@ -119,11 +121,13 @@ def zeroth_order(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, M
         for step in range(knobs.steps):
             parts = list(islice(stream, knobs.accumulate))
             directions = range(step * knobs.directions, (step + 1) * knobs.directions)
-            rho = _step(place, walk, parts, directions, knobs, gradient, total)
-            values[directions.start : directions.stop] = _clipped(rho, task.scalar_limit)
-            if not gradient:
+            rho = _step(place, walk, parts, directions, knobs, exchange == "gradient", total)
+            values[directions.start : directions.stop] = clip_scalars(rho, task.scalar_limit)
+            if exchange != "gradient":
                 for n in directions:
                     walk.move(n, float(values[n]))
+    if exchange == "path":
+        values = clip_scalars(values / ((knobs.zo_lr or knobs.lr) * knobs.steps), task.scalar_limit)
     return walk.scalars(values), total
 
 
@@ -166,5 +170,6 @@ def _step(
     return -(knobs.zo_lr or knobs.lr) * slopes * weights / len(directions)
 
 
-def _clipped(rho: NDArray[np.float64], limit: float) -> NDArray[np.float32]:
+def clip_scalars(rho: NDArray[np.floating[Any]], limit: float) -> NDArray[np.float32]:
+    """Scalars within +-limit, float32; 0 does not clip."""
     return (np.clip(rho, -limit, limit) if limit else rho).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Whole numbers packed into bits: `width` bits each, lowest bit first, without gaps, zeros at the end of the last byte."""
+"""Whole numbers packed into bits: `width` bits each, lowest bit first, without gaps, zeros at the very end."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def unpack_bits(data: memoryview | bytes, count: int, width: int) -> NDArray[np.
         ValueError: unless `data` has exactly their bytes, and zeros beyond them.
     """
     if len(data) != packed_bytes(count, width):
-        raise ValueError(f"{count} numbers of {width} bits must have {packed_bytes(count, width)} bytes, got {len(data)}")
+        raise ValueError(
+            f"{count} numbers of {width} bits must have {packed_bytes(count, width)} bytes, got {len(data)}"
+        )
     weights = np.int64(1) << np.arange(width, dtype=np.int64)
     numbers = np.zeros(count, np.int64)
     for start in range(0, count if width else 0, _BLOCK):

@@ -2,11 +2,12 @@
 
     1 byte, then as many    histogram of the tokens (rans.py)
     ...                     the tokens of all steps
-    the rest                sign bits of the steps that are not 0, then the bits that tokens leave open, lowest bits first
+    the rest                signs of the steps that are not 0, then the bits that tokens leave open, lowest bits first
 
-The token of a step s with |s| < 4 is |s|; a larger one's says how many bits |s| has, and the second highest of them. The
-bits below those are next to random and travel as they are. On rounded normals and sparse ones this comes within 2% of
-the entropy, and some ten bytes; zstd stays 3 to 30% above it.
+The token of a step s with |s| < 4 is |s|; a larger one's says how many bits |s| has, and the second highest of them.
+The bits below those are next to random and travel as they are. 4096 steps, a tenth to all of them rounded normals of
+any width and the others 0, take their entropy and 1%, the histogram and at most 12 bytes; zstd at its best, on bytes,
+nibbles or a bitmap and the values it marks, stays 2 to 40% above the entropy.
 
 Nothing is read that `pack_steps` would not have written: exactly one string of bytes stands for a vector of steps.
 """
@@ -44,9 +45,11 @@ def pack_steps(steps: Steps) -> bytes:
     )
     table = histogram(token)
     open_bits = _open_bits(token)
-    rest = [(steps < 0)[size > 0]]
-    rest += [(size[open_bits > place] >> place) & 1 for place in range(int(open_bits.max(initial=0)))]
-    return bytes([len(table)]) + table + rans_encode(token, table) + join_bits(np.concatenate(rest).astype(np.uint8))
+    rest = [(steps < 0)[size > 0].astype(np.uint8)]
+    rest += [
+        ((size[open_bits > place] >> place) & 1).astype(np.uint8) for place in range(int(open_bits.max(initial=0)))
+    ]
+    return bytes([len(table)]) + table + rans_encode(token, table) + join_bits(np.concatenate(rest))
 
 
 def unpack_steps(data: memoryview | bytes, k: int) -> Steps:

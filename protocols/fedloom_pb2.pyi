@@ -171,16 +171,18 @@ class Payload(_message.Message):
     def __init__(self, factors: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[Dense, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., data_crc32: _Optional[int] = ..., scalars: _Optional[_Union[Scalars, _Mapping]] = ..., coefficients: _Optional[_Union[Coefficients, _Mapping]] = ...) -> None: ...
 
 class Patch(_message.Message):
-    __slots__ = ("base_hash", "since", "version", "payload")
+    __slots__ = ("base_hash", "since", "version", "payload", "base_hash_hex")
     BASE_HASH_FIELD_NUMBER: _ClassVar[int]
     SINCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    BASE_HASH_HEX_FIELD_NUMBER: _ClassVar[int]
     base_hash: str
     since: int
     version: int
     payload: Payload
-    def __init__(self, base_hash: _Optional[str] = ..., since: _Optional[int] = ..., version: _Optional[int] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+    base_hash_hex: bytes
+    def __init__(self, base_hash: _Optional[str] = ..., since: _Optional[int] = ..., version: _Optional[int] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., base_hash_hex: _Optional[bytes] = ...) -> None: ...
 
 class Knob(_message.Message):
     __slots__ = ("name", "integer", "real", "text", "flag")
@@ -205,7 +207,7 @@ class Metric(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs", "subspace", "scalar_limit")
+    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs", "subspace", "scalar_limit", "run_hex")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +229,7 @@ class Task(_message.Message):
     KNOBS_FIELD_NUMBER: _ClassVar[int]
     SUBSPACE_FIELD_NUMBER: _ClassVar[int]
     SCALAR_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    RUN_HEX_FIELD_NUMBER: _ClassVar[int]
     device: str
     round: int
     rank: int
@@ -248,7 +251,8 @@ class Task(_message.Message):
     knobs: _containers.RepeatedCompositeFieldContainer[Knob]
     subspace: Subspace
     scalar_limit: float
-    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ...) -> None: ...
+    run_hex: bytes
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ..., run_hex: _Optional[bytes] = ...) -> None: ...
 
 class Cost(_message.Message):
     __slots__ = ("seconds", "peak_rss_bytes")
@@ -259,7 +263,7 @@ class Cost(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("device", "round", "examples", "kind", "run", "nonce", "metrics", "cost", "payload")
+    __slots__ = ("device", "round", "examples", "kind", "run", "nonce", "metrics", "cost", "payload", "run_hex")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +273,7 @@ class Update(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    RUN_HEX_FIELD_NUMBER: _ClassVar[int]
     device: str
     round: int
     examples: int
@@ -278,7 +283,8 @@ class Update(_message.Message):
     metrics: _containers.RepeatedCompositeFieldContainer[Metric]
     cost: Cost
     payload: Payload
-    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., kind: _Optional[_Union[Kind, str]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+    run_hex: bytes
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., kind: _Optional[_Union[Kind, str]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., run_hex: _Optional[bytes] = ...) -> None: ...
 
 class DeviceReport(_message.Message):
     __slots__ = ("device", "examples", "rank", "version", "state_round", "capabilities", "software")

@@ -3,16 +3,17 @@
     offset  bytes  what
     0       4      magic, "FDLM"
     4       2      protocol version
-    6       2      message kind
-    8       4      bytes of the body (the protobuf message)
-    12      4      CRC-32 of the body and its padding
-    16      8      bytes of tensor data
-    24      n      the body, then zeros up to a multiple of 16
-    ...            tensor data; the body holds its CRC-32, one for each payload
+    6       1      message kind
+    7       1      how the body travels: 0 as it is, 1 deflated
+    8       4      bytes of the body (the protobuf message) as it travels
+    12      4      CRC-32 of the 12 bytes before it and the body
+    16      ...    tensor data; the body holds its size and CRC-32, one for each payload
+    the end n      the body
 
 Tensor data stays outside the protobuf message so that it is copied once on the way out and not at all on the way in,
-and so that what a parser has to allocate for is bounded by BODY_LIMIT, whatever the size of a frame. All integers are
-little-endian. The checksums catch accidents; authenticity is TLS's.
+and so that what a parser has to allocate for is bounded by BODY_LIMIT, whatever the size of a frame. It begins at a
+multiple of 16 bytes, and the body behind it needs no padding. All integers are little-endian. The checksums catch
+accidents; authenticity is TLS's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from fedloom.protocols.deflate import INFLATED_LIMIT, deflate, inflate
 from fedloom.protocols.messages import PROTOCOL_VERSION
 
 Buffer = bytes | memoryview
@@ -30,7 +32,10 @@ MAGIC: Final = b"FDLM"
 ALIGN: Final = 16
 BODY_LIMIT: Final = 8 << 20  # a hostile body of empty messages costs a parser some 40 bytes a byte
 
-_HEADER: Final = struct.Struct("<4sHHIIQ")
+_HEADER: Final = struct.Struct("<4sHBBII")
+_CHECKED: Final = 12  # bytes of the header that its checksum covers
+_PLAIN: Final = 0
+_DEFLATED: Final = 1
 
 
 def padding(length: int) -> bytes:
@@ -47,17 +52,18 @@ def checksum(chunks: Iterable[Buffer]) -> int:
 
 
 def pack(kind: int, body: bytes, data: Sequence[Buffer]) -> bytes:
-    """One frame; `data` is already padded.
+    """One frame; a small body travels deflated where that is shorter.
 
     Raises:
         ValueError: for a body larger than BODY_LIMIT.
     """
     if len(body) > BODY_LIMIT:
         raise ValueError(f"a message without its tensor data must be <= {BODY_LIMIT} bytes, got {len(body)}")
-    padded = body + padding(_HEADER.size + len(body))
-    data_bytes = sum(len(chunk) for chunk in data)
-    header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, len(body), zlib.crc32(padded), data_bytes)
-    return b"".join([header, padded, *data])
+    way = _PLAIN
+    if len(body) <= INFLATED_LIMIT and len(short := deflate(body)) < len(body):
+        way, body = _DEFLATED, short
+    header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, way, len(body), 0)[:_CHECKED]
+    return b"".join([header, struct.pack("<I", checksum([header, body])), *data, body])
 
 
 def kind_of(frame: bytes) -> int:
@@ -74,7 +80,7 @@ def unpack(frame: bytes, kind: int, kind_names: Sequence[str], *, limit: int) ->
     """
     if len(frame) < _HEADER.size:
         raise ValueError(f"a frame must have at least {_HEADER.size} bytes, got {len(frame)}")
-    magic, version, got_kind, body_bytes, crc, data_bytes = _HEADER.unpack_from(frame)
+    magic, version, got_kind, way, body_bytes, crc = _HEADER.unpack_from(frame)
     if magic != MAGIC:
         raise ValueError(f"a frame must begin with {MAGIC!r}, got {magic!r}")
     if version != PROTOCOL_VERSION:
@@ -86,12 +92,12 @@ def unpack(frame: bytes, kind: int, kind_names: Sequence[str], *, limit: int) ->
         raise ValueError(f"a frame must be <= {limit} bytes, got {len(frame)}")
     if body_bytes > BODY_LIMIT:
         raise ValueError(f"a message without its tensor data must be <= {BODY_LIMIT} bytes, got {body_bytes}")
-    start = _HEADER.size + body_bytes
-    start += -start % ALIGN
-    if len(frame) != start + data_bytes:
-        problem = "truncated" if len(frame) < start + data_bytes else "followed by trailing bytes"
-        raise ValueError(f"frame must have the {start + data_bytes} bytes it announces, got {len(frame)}: {problem}")
+    start = len(frame) - body_bytes
+    if start < _HEADER.size:
+        raise ValueError(f"frame must have the {_HEADER.size + body_bytes} bytes it announces, got {len(frame)}")
     view = memoryview(frame)
-    if (got_crc := zlib.crc32(view[_HEADER.size : start])) != crc:
-        raise ValueError(f"frame is damaged: checksum of its body must be {crc:#010x}, got {got_crc:#010x}")
-    return bytes(view[_HEADER.size : _HEADER.size + body_bytes]), view[start:]
+    if (got_crc := checksum([view[:_CHECKED], view[start:]])) != crc:
+        raise ValueError(f"frame is damaged or cut: checksum of its body must be {crc:#010x}, got {got_crc:#010x}")
+    if way not in (_PLAIN, _DEFLATED):
+        raise ValueError(f"a body must travel plain (0) or deflated (1), got {way}")
+    return inflate(view[start:]) if way == _DEFLATED else bytes(view[start:]), view[_HEADER.size : start]

@@ -101,7 +101,7 @@ def load(data: memoryview, wire: str, shape: tuple[int, ...], *, axis: int | Non
 
 def _read(data: memoryview, wire: str, shape: tuple[int, ...], axis: int | None, label: str) -> Float32:
     if wire == "fp32" or 0 in shape:
-        return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32, copy=False)
+        return np.require(np.frombuffer(data, "<f4").reshape(shape), np.float32, "A")  # copied where not aligned
     if wire == "fp16":
         return np.frombuffer(data, "<f2").reshape(shape).astype(np.float32)
     if wire == "bf16":

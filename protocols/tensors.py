@@ -2,11 +2,15 @@
 
 Legend: r rank; b [d_out, r], a [r, d_in]. int8 keeps one scale for each of the r rank-one terms of a factor (a column
 of b, a row of a), because it is these that differ in size; a dense tensor keeps one for each row, a vector one in all.
+
+Tensor data holds the tensors, each padded to ALIGN so that fp32 ones can be viewed where they lie, then the scalars and
+the coefficients of subspace_wire.py, without padding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import numpy as np
 
 from fedloom.protocols import fedloom_pb2 as pb
@@ -92,7 +96,7 @@ def unpack_payload(header: pb.Payload, data: memoryview, where: str) -> tuple[Pa
     scalars = scalars_bytes(header.scalars, f"{where}.scalars") if header.HasField("scalars") else 0
     announced = sum(plan.padded for plan in plans) + scalars + header.coefficients.data_bytes
     if announced != header.data_bytes:
-        raise ValueError(f"entries of {where} need {announced} bytes, its tensor data has {header.data_bytes}")
+        raise ValueError(f"shapes of {where} need {announced} bytes, its tensor data has {header.data_bytes}")
     mine, rest = data[: header.data_bytes], data[header.data_bytes :]
     if (crc := checksum([mine])) != header.data_crc32:
         raise ValueError(f"{where} is damaged: checksum must be {header.data_crc32:#010x}, got {crc:#010x}")
@@ -108,7 +112,9 @@ def unpack_payload(header: pb.Payload, data: memoryview, where: str) -> tuple[Pa
     payload = Payload(
         factors=factors,
         dense={entry.name: next(values) for entry in header.dense},
-        scalars=read_scalars(header.scalars, left[:scalars], f"{where}.scalars") if header.HasField("scalars") else None,
+        scalars=read_scalars(header.scalars, left[:scalars], f"{where}.scalars")
+        if header.HasField("scalars")
+        else None,
         coefficients=read_coefficients(header.coefficients, left[scalars:], f"{where}.coefficients")
         if header.HasField("coefficients")
         else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import Any, Protocol, TypeVar
 
@@ -54,7 +55,6 @@ def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
             shared_a_seed=task.shared_a_seed,
             send=task.send,
             start=start.header,
-            run=task.run,
             nonce=task.nonce,
             seed=task.seed,
             state_round=task.state_round,
@@ -65,9 +65,10 @@ def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
         ),
         start.data,
     )
+    _put_text(record, "run", task.run)
     if task.patch is not None:
         patch = pack(task.patch.payload)
-        record.patch.base_hash = task.patch.base_hash
+        _put_text(record.patch, "base_hash", task.patch.base_hash)
         record.patch.since = task.patch.since
         record.patch.version = task.patch.version
         record.patch.payload.CopyFrom(patch.header)
@@ -84,7 +85,10 @@ def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
         _present("task.patch", record.patch, "payload")
         payload, data = unpack_payload(record.patch.payload, data, "task.patch.payload")
         patch = Patch(
-            base_hash=record.patch.base_hash, since=record.patch.since, version=record.patch.version, payload=payload
+            base_hash=_text(record.patch, "base_hash", "task.patch.base_hash"),
+            since=record.patch.since,
+            version=record.patch.version,
+            payload=payload,
         )
     task = Task(
         device=record.device,
@@ -100,7 +104,7 @@ def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
         send=record.send,
         start=start,
         patch=patch,
-        run=record.run,
+        run=_text(record, "run", "task.run"),
         nonce=record.nonce,
         seed=record.seed,
         state_round=record.state_round,
@@ -120,12 +124,12 @@ def write_update(update: Update, pack: Pack) -> tuple[pb.Update, Data]:
         round=update.round,
         examples=update.examples,
         kind=KINDS[update.kind],
-        run=update.run,
         nonce=update.nonce,
         metrics=[pb.Metric(name=name, value=value) for name, value in update.metrics.items()],
         cost=pb.Cost(seconds=update.cost.seconds, peak_rss_bytes=update.cost.peak_rss_bytes),
         payload=payload.header,
     )
+    _put_text(record, "run", update.run)
     return record, payload.data
 
 
@@ -138,7 +142,7 @@ def read_update(record: pb.Update, data: memoryview) -> tuple[Update, memoryview
         round=record.round,
         examples=record.examples,
         kind=member(KINDS, record.kind, "update.kind"),
-        run=record.run,
+        run=_text(record, "run", "update.run"),
         nonce=record.nonce,
         metrics=_table("update.metrics", record.metrics, lambda metric: metric.value),
         cost=Cost(seconds=record.cost.seconds, peak_rss_bytes=record.cost.peak_rss_bytes),
@@ -206,6 +210,25 @@ def read_refusal(record: pb.Refusal, data: memoryview) -> tuple[Refusal, memoryv
     """The refusal of a record, and the data that it leaves: all of it."""
     refusal = Refusal(device=record.device, round=record.round, reason=record.reason, version=record.version)
     return refusal, data
+
+
+def _is_hex(value: str) -> bool:
+    return re.fullmatch("([0-9a-f]{2})+", value) is not None
+
+
+def _put_text(record: Any, field: str, value: str) -> None:
+    """Write text to a record, hexadecimal as bytes: half as many."""
+    if _is_hex(value):
+        setattr(record, f"{field}_hex", bytes.fromhex(value))
+    else:
+        setattr(record, field, value)
+
+
+def _text(record: Any, field: str, where: str) -> str:
+    value, raw = str(getattr(record, field)), bytes(getattr(record, f"{field}_hex"))
+    if (value and raw) or _is_hex(value):
+        raise ValueError(f"{where} must travel as bytes if it is hexadecimal and as text if not, got {value!r}")
+    return raw.hex() or value
 
 
 def _knob(name: str, value: float | int | str) -> pb.Knob:

@@ -4,6 +4,7 @@
     delta       d_i = c_i - c_v after local steps                         c_{v+1} = c_v + step(sum_i p_i d_i)
     gradient    d_i = an estimate of -S' grad L_i(theta_v):               c_{v+1} = c_v + Adam(sum_i p_i d_i)
                 S' grad over T batches, or -(1/T) sum_t g_t v_t forward-only: E[g v] = S' grad
+    path        the same along local SGD steps: d_i = (c_i - c_v) / (lr T), FedNova's normalised update (Wang et al. 2020)
 
 Either kind of device estimates the same K numbers, so they average. Local steps of both kinds do not: a forward-only
 learning rate must be about K times smaller, so its deltas are short and are drowned in the others'. Gradient estimates
@@ -21,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from fedloom.protocols.directions import check_k
-from fedloom.protocols.messages import DeviceReport, ModelSpec, Patch, Payload, Task, Update
+from fedloom.protocols.messages import DeviceReport, ModelSpec, Over, Patch, Payload, Scalars, Task, Update
 from fedloom.strategies import subspace
 from fedloom.strategies.base import State
 
@@ -30,16 +31,31 @@ from fedloom.strategies.base import State
 class Sketch(subspace.SubspaceOptions):
     """The sketch: K coefficients, forward-only and backpropagating devices in one fleet."""
 
-    exchange: Literal["delta", "gradient"] = field(
+    exchange: Literal["delta", "gradient", "path"] = field(
         default="delta",
-        metadata={"doc": "What devices send: where local steps led, or gradient estimates for the server's optimiser."},
+        metadata={
+            "doc": "What devices send: `delta`, where local steps led; `gradient`, an estimate at the round's point; "
+            "`path`, the mean along local SGD steps. Fleets of both kinds need the latter two and fedadam."
+        },
+    )
+    combine: Literal["examples", "variance"] = field(
+        default="examples",
+        metadata={
+            "doc": "Weight devices by `examples`, or divide that by the relative `variance` 1 + K / T of a forward-only "
+            "estimate, which quiets forward-only devices."
+        },
+    )
+    leave_out_forward: bool = field(
+        default=False, metadata={"doc": "Train on devices that can backpropagate alone; the others are only judged."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_k(self.k, "sketch")
-        if self.exchange not in ("delta", "gradient"):
-            raise ValueError(f"exchange must be delta or gradient, got {self.exchange!r}")
+        if self.exchange not in ("delta", "gradient", "path"):
+            raise ValueError(f"exchange must be delta, gradient or path, got {self.exchange!r}")
+        if self.combine not in ("examples", "variance"):
+            raise ValueError(f"combine must be examples or variance, got {self.combine!r}")
 
     def init(self, spec: ModelSpec, seed: int, devices: Sequence[DeviceReport] = ()) -> State:
         """The base, and a sketch from the seed."""
@@ -48,7 +64,8 @@ class Sketch(subspace.SubspaceOptions):
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Each device does what it can: `subspace` with backpropagation, `zeroth_order` without."""
         knobs = {"exchange": self.exchange} if self.exchange != "delta" else {}
-        return subspace.tasks(self, state, devices, round, tuner=_tuner, knobs=knobs)
+        able = [report for report in devices if not self.leave_out_forward or "backprop" in report.capabilities]
+        return subspace.tasks(self, state, able, round, tuner=_tuner, knobs=knobs)
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """The newest version on every device."""
@@ -59,9 +76,14 @@ class Sketch(subspace.SubspaceOptions):
         total, weight = np.zeros(self.k), 0.0
         for update, scalars in subspace.taken(updates, state, self.scalar_limit):
             change = subspace.contribution(scalars, subspace.subspace_of(state))
-            total += update.examples * subspace.clipped(change, self.clip_norm)
-            weight += update.examples
+            share = update.examples / (self._variance(scalars) if self.combine == "variance" else 1.0)
+            total += share * subspace.clipped(change, self.clip_norm)
+            weight += share
         return subspace.next_state(self, state, total / weight)
+
+    def _variance(self, scalars: Scalars) -> float:
+        """E|d - g|^2 / |g|^2 + 1 for a forward-only estimate from T directions, about 1 + K / T; 1 with backpropagation."""
+        return 1 + self.k / len(scalars.values) if scalars.over == Over.STEPS else 1.0
 
     def catch_up(self, state: State, since: int) -> Patch | None:
         """The coefficients' change since a version."""

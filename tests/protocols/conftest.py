@@ -13,13 +13,38 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.protocols.messages import Hello, LowRank, Patch, Payload, Refusal, Task, Update
+from fedloom.protocols.messages import (
+    Coefficients,
+    Hello,
+    LowRank,
+    Over,
+    Patch,
+    Payload,
+    Refusal,
+    Scalars,
+    Scope,
+    Subspace,
+    Task,
+    Update,
+)
 
 
 def filled(hint: Any, path: str, count: Iterator[int]) -> Any:
     """A value of a type that no other field has: built from the type alone, so that a new field needs nothing here."""
     if path.endswith(".wire"):
         return "bf16"
+    if path.endswith(".mask"):
+        return f"{next(count):064x}"
+    if hint is Subspace:  # each of the two has what the other's scope forbids
+        scope = Scope.MASK if "coefficients" in path else Scope.LORA
+        own: Any = {"mask": f"{next(count):064x}"} if scope == Scope.MASK else {"rank": 4, "alpha": 2.5, "rslora": True}
+        return Subspace(family="rademacher", k=5, seed=2**64 - next(count), scope=scope, directions=next(count), **own)
+    if hint is Scalars:
+        values = next(count) + np.arange(3, dtype=np.float32)
+        return Scalars(over=Over.POOL, k=7, values=values, indices=np.array([6, 0, 3]), seed=next(count))
+    if hint is Coefficients:
+        steps = np.array([0, -1, next(count), 2**53 - 1, 1 - 2**53])
+        return Coefficients(subspace=filled(Subspace, path, count), exponent=-next(count), steps=steps)
     if hint is LowRank:
         rank, start = 2, next(count)
         values = start + np.arange(8 * rank, dtype=np.float32)
@@ -61,7 +86,8 @@ def filled(hint: Any, path: str, count: Iterator[int]) -> Any:
 def plain(value: Any) -> Any:
     """A message as nested lists, so that == compares it whole, the order of mappings included."""
     if isinstance(value, np.ndarray):
-        return ["array", value.shape, value.astype(np.float32).tolist()]
+        exact = value if value.dtype == np.int64 else value.astype(np.float32)
+        return ["array", value.shape, str(exact.dtype), exact.tolist()]
     if dataclasses.is_dataclass(value):
         return [[field.name, plain(getattr(value, field.name))] for field in dataclasses.fields(value)]
     if isinstance(value, Mapping):

@@ -73,23 +73,33 @@ def patched(frame: bytes, offset: int, layout: str, value: Any) -> bytes:
     return frame[:offset] + struct.pack(layout, value) + frame[offset + size :]
 
 
+def checked(frame: bytes) -> bytes:
+    """A frame with the checksum that its header and body should have."""
+    start = len(frame) - int.from_bytes(frame[8:12], "little")
+    return patched(frame, 12, "<I", framing.checksum([frame[:12], frame[start:]]))
+
+
 def test_frames_are_refused_in_order() -> None:
     frame = encode(update())
     cases = [
-        (b"", "a frame must have at least 24 bytes, got 0"),
+        (b"", "a frame must have at least 16 bytes, got 0"),
         (patched(frame, 0, "4s", b"PK\3\4"), "a frame must begin with b'FDLM', got b'PK"),
-        (patched(frame, 4, "<H", 9), "this side speaks protocol version 1, the frame is of version 9"),
-        (patched(frame, 6, "<H", 1), "frame must hold Update, got Task"),
-        (patched(frame, 6, "<H", 77), "frame must hold Update, got kind 77"),
+        (patched(frame, 4, "<H", 9), "this side speaks protocol version 2, the frame is of version 9"),
+        (patched(frame, 6, "B", 1), "frame must hold Update, got Task"),
+        (patched(frame, 6, "B", 77), "frame must hold Update, got kind 77"),
         (
             patched(frame, 8, "<I", 2**32 - 1),
             "a message without its tensor data must be <= 8388608 bytes, got 4294967295",
         ),
-        (patched(frame, 16, "<Q", 2**63), "bytes it announces, got [0-9]+: truncated"),
-        (frame[:-1], "bytes it announces, got [0-9]+: truncated"),
-        (frame + b"\0", "bytes it announces, got [0-9]+: followed by trailing bytes"),
-        (patched(frame, 30, "B", frame[30] ^ 1), "frame is damaged: checksum of its body must be 0x"),
-        (patched(frame, len(frame) - 9, "B", 1), "update.payload is damaged: checksum must be 0x"),
+        (patched(frame, 8, "<I", len(frame) - 15), f"the {len(frame) + 1} bytes it announces, got {len(frame)}"),
+        (patched(frame, 7, "B", 0), "frame is damaged or cut: checksum of its body must be 0x"),
+        (frame[:-1], "frame is damaged or cut: checksum of its body must be 0x"),
+        (frame + b"\0", "frame is damaged or cut: checksum of its body must be 0x"),
+        (patched(frame, len(frame) - 9, "B", frame[-9] ^ 1), "frame is damaged or cut: checksum of its body must be"),
+        (patched(frame, 30, "B", frame[30] ^ 1), "update.payload is damaged: checksum must be 0x"),
+        (frame[:16] + frame[32:], "tensor data of update.payload must have 48 bytes, 32 are left"),
+        (checked(patched(frame, 7, "B", 2)), r"a body must travel plain \(0\) or deflated \(1\), got 2"),
+        (checked(patched(frame, 7, "B", 0)), "body of Update must be its protobuf record"),
         (framing.pack(UPDATE, b"\xff\xff", []), "body of Update must be its protobuf record"),
         (framing.pack(UPDATE, b"", []), "update must carry its cost"),
     ]
@@ -293,8 +303,8 @@ def test_huge_shapes_cost_no_memory() -> None:
     try:
         with pytest.raises(ValueError, match=r"shapes of update.payload need"):
             decode(frame, Update, limit=LIMIT)
-        with pytest.raises(ValueError, match="truncated"):
-            decode(patched(frame, 16, "<Q", 2**63), Update, limit=2**63)
+        with pytest.raises(ValueError, match="bytes it announces"):
+            decode(patched(frame, 8, "<I", framing.BODY_LIMIT), Update, limit=2**63)
         assert tracemalloc.get_traced_memory()[1] < 200_000
     finally:
         tracemalloc.stop()

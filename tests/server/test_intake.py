@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.protocols.messages import Kind, LowRank, MatrixSpec, ModelSpec, Payload, Start, Task, Update
+from fedloom.protocols.messages import (
+    Kind,
+    LowRank,
+    MatrixSpec,
+    ModelSpec,
+    Over,
+    Payload,
+    Scalars,
+    Start,
+    Subspace,
+    Task,
+    Update,
+)
 from fedloom.server.intake import check_update
 
 SPEC = ModelSpec(
@@ -73,3 +85,55 @@ def test_a_bad_update_is_refused(bad: Update, why: str) -> None:
 def test_tensors_nobody_asked_for_are_refused() -> None:
     with pytest.raises(ValueError, match="asks for no tensors"):
         check_update(GOOD, replace(TASK, send=False), SPEC)
+
+
+SKETCH_TASK = replace(TASK, subspace=Subspace(family="sketch", k=8, seed=1), scalar_limit=2.0, seed=99)
+POOL_TASK = replace(TASK, subspace=Subspace(family="rademacher", k=8, seed=1), seed=99)
+LISTED = Scalars(over=Over.POOL, k=8, values=np.ones(3), indices=np.array([5, 0, 5]))
+LISTED_TASK = replace(POOL_TASK, start=Payload(scalars=LISTED))
+
+
+def steps(values: Any = (1.0, -0.5), **other: Any) -> Scalars:
+    return Scalars(**({"over": Over.STEPS, "k": 8, "values": np.array(values), "seed": 99} | other))
+
+
+def pool(indices: list[int], k: int = 8) -> Scalars:
+    return Scalars(over=Over.POOL, k=k, values=np.ones(len(indices)), indices=np.array(indices))
+
+
+def answered(scalars: Scalars | None, **other: Any) -> Update:
+    return replace(GOOD, payload=Payload(scalars=scalars), **other)
+
+
+def test_good_scalars_pass() -> None:
+    check_update(answered(steps()), SKETCH_TASK, SPEC)
+    check_update(answered(steps([2.0 * 1.005])), SKETCH_TASK, SPEC)  # int8 may round past the limit a little
+    check_update(answered(Scalars(over=Over.BASIS, k=8, values=np.ones(8))), SKETCH_TASK, SPEC)
+    check_update(answered(pool([3, 3, 7])), POOL_TASK, SPEC)
+    check_update(answered(pool([5, 0])), LISTED_TASK, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("task", "bad", "why"),
+    [
+        (SKETCH_TASK, answered(steps([np.nan])), "must carry finite scalars"),
+        (SKETCH_TASK, answered(steps([2.1])), r"must carry scalars within \+-2, got 2.1"),
+        (SKETCH_TASK, answered(steps(seed=98)), "directions of the task's seed 99, got 98"),
+        (SKETCH_TASK, answered(steps(k=16)), "of 8, got steps of 16"),
+        (SKETCH_TASK, answered(pool([1])), "over steps or basis of 8, got pool of 8"),
+        (SKETCH_TASK, answered(Scalars(over=Over.BASIS, k=8, values=np.ones(7))), "must carry 8 coordinates, got 7"),
+        (SKETCH_TASK, GOOD, "must carry scalars and nothing else"),
+        (SKETCH_TASK, answered(None), "must carry scalars and nothing else"),
+        (SKETCH_TASK, answered(steps(), round=2), "round must be its task's 3, got 2"),  # a replay of an earlier round
+        (SKETCH_TASK, answered(steps(), nonce=6), "nonce must be its task's 7, got 6"),
+        (POOL_TASK, answered(pool([8])), "must carry seed indices in 0..7, got 8"),
+        (POOL_TASK, answered(pool([-1])), "must carry seed indices in 0..7"),
+        (POOL_TASK, answered(steps()), "over pool of 8, got steps of 8"),
+        (LISTED_TASK, answered(pool([0, 5])), "directions that the task lists, got others"),
+        (LISTED_TASK, answered(pool([5, 0, 5, 1])), "directions that the task lists, got others"),
+        (TASK, answered(steps()), "each adapted module once"),
+    ],
+)
+def test_bad_scalars_are_refused(task: Task, bad: Update, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        check_update(bad, task, SPEC)

@@ -1,0 +1,1 @@
+"""`fedloom bench`: what tuning in a subspace costs on this machine, beside what it is measured against."""
