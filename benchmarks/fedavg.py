@@ -49,7 +49,9 @@ def full_fedavg(config: RunConfig) -> list[dict[str, Any]]:
         for round in range(config.server.rounds + 1):
             if round:
                 began = time.perf_counter()
-                cohort = [names.index(r.device) for r in roster.draw(config.server.cohort, seed=config.seed, round=round)]
+                cohort = [
+                    names.index(r.device) for r in roster.draw(config.server.cohort, seed=config.seed, round=round)
+                ]
                 _round(config, resident, weights, train, cohort, round)
                 seconds += time.perf_counter() - began
                 sent += 2 * size * len(cohort)
@@ -63,7 +65,9 @@ def full_fedavg(config: RunConfig) -> list[dict[str, Any]]:
     return records
 
 
-def _round(config: RunConfig, resident: Any, weights: list[Any], train: list[Dataset], cohort: list[int], round: int) -> None:
+def _round(
+    config: RunConfig, resident: Any, weights: list[Any], train: list[Dataset], cohort: list[int], round: int
+) -> None:
     start = [weight.detach().clone() for weight in weights]
     mean = [torch.zeros_like(weight) for weight in start]
     total = sum(len(train[i]) for i in cohort)

@@ -4,9 +4,9 @@
     python benchmarks/seeds.py news --data ag_news.csv --model ENCODER --seeds 0 1 2   # real text, a real encoder
     python benchmarks/seeds.py halves --data ag_news.csv --model ENCODER               # a fleet of both kinds
 
-`demo` and `news` give every method the same devices, data, cohorts and rounds. Forward-only methods make the same number
-of forward passes; the table says how many, and the seconds that devices spent. In `halves`, devices that can
-backpropagate hold two of the labels and forward-only devices the other two. ag_news.csv has rows "class","title","text".
+`demo` and `news` give every method the same devices, data, cohorts and rounds. Forward-only methods make the same
+number of forward passes; the table says what seconds devices spent. In `halves`, devices that can backpropagate hold
+two of the labels and forward-only devices the other two. ag_news.csv has rows "class","title","text".
 Finished runs are kept, so a benchmark that was cut goes on.
 """
 
@@ -173,7 +173,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     table, methods = TASKS[asked.task](asked)
-    fixed: Settings = {"track.tensorboard": False, "simulation.workers": asked.workers, "simulation.keep_devices": False}
+    fixed: Settings = {
+        "track.tensorboard": False,
+        "simulation.workers": asked.workers,
+        "simulation.keep_devices": False,
+    }
     curves: dict[str, list[dict[str, Any]]] = {}
     for seed in asked.seeds:
         for label, settings in methods.items():

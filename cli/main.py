@@ -129,7 +129,8 @@ def mask(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("mask.safetensors"),
     share: Annotated[float, typer.Option(help="Share of the weights to tune, 0 to 1.")] = 0.001,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. data.source=public.csv.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. data.source=public.csv."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -106,7 +106,9 @@ def _without_scope(payload: Payload, resident: Resident) -> Payload:
     with Place(resident, c.subspace, c, object()) as place:
         place.rebuild()
         heads = resident.base.heads
-        moved = {name: head.detach().cpu().numpy() - resident.base.pristine(name).numpy() for name, head in heads.items()}
+        moved = {
+            name: head.detach().cpu().numpy() - resident.base.pristine(name).numpy() for name, head in heads.items()
+        }
         factors = resident.adapters.get_factors()
     resident.base.restore()
     return Payload(factors=factors, dense=moved)

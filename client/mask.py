@@ -50,10 +50,14 @@ def read_mask(path: Path) -> tuple[dict[str, Tensor], str]:
         mask = dict(sorted(load_file(path).items()))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model.mask must be a file that `fedloom mask` made, got {str(path)!r}: {error}") from None
+    if not mask:
+        raise ValueError(f"model.mask must be a file that `fedloom mask` made, got {str(path)!r}, which is empty")
     for name, index in mask.items():
         rising = index.dtype == torch.int64 and index.ndim == 1 and len(index) and bool((index.diff() > 0).all())
         if not rising:
-            raise ValueError(f"a mask of {name} must hold ascending int64 places, got {index.dtype} {list(index.shape)}")
+            raise ValueError(
+                f"a mask of {name} must hold ascending int64 places, got {index.dtype} {list(index.shape)}"
+            )
     return mask, hash_mask(mask)
 
 
@@ -78,7 +82,9 @@ def make_mask(resident: Resident, dataset: Dataset, *, share: float, batch_size:
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
     starts = [0, *ends[:-1].tolist()]
     found = {
-        name: torch.from_numpy(part - start) for name, part, start in zip(names, parts, starts, strict=True) if len(part)
+        name: torch.from_numpy(part - start)
+        for name, part, start in zip(names, parts, starts, strict=True)
+        if len(part)
     }
     return dict(sorted({**found, **heads}.items()))
 

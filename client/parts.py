@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedloom.client.model import Resident
 
 Fill = Callable[["Part", Tensor, Tensor, "Tensor | None"], None]
-"""fill(part, out, base, rows): write a part's perturbed values into `out`, from `base`; only `rows` of a table if given."""
+"""fill(part, out, base, rows): write perturbed values of a part, made of `base`, to `out`; `rows` of a table, if given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,5 +92,7 @@ def _masked(name: str, index: Tensor, known: Mapping[str, nn.Parameter]) -> Part
         raise ValueError(f"a mask must name parameters of the model, got {name!r}")
     parameter = known[name]
     if not len(index) or int(index[0]) < 0 or int(index[-1]) >= parameter.numel():
-        raise ValueError(f"a mask of {name} must hold places in 0..{parameter.numel() - 1}, got {index.tolist()[:3]} ...")
+        raise ValueError(
+            f"a mask of {name} must hold places in 0..{parameter.numel() - 1}, got {index.tolist()[:3]} ..."
+        )
     return Part(name=f"{name}#mask", parameter=parameter, index=index.to(parameter.device))

@@ -84,13 +84,14 @@ class Place:
         self.start: NDArray[np.float64] = np.zeros(subspace.k) if held is None else held.values()
         self._key = (key, subspace)
         self._rebuilt = resident.rebuilt
-        if self._rebuilt.at_base or subspace.scope == Scope.LORA:
-            self._rebuilt.restore()
-            resident.base.restore()
         if subspace.scope == Scope.LORA:
+            self._rebuilt.restore()
             resident.adapters.set_factors(shared_factors(subspace, resident.adapters.matrices))
             self._rebuilt = Rebuilt()  # adapters are new in every task, and so is their W0
         self.parts = parts_of(resident, subspace.scope)
+        if not self._rebuilt.has_moved(self.parts):
+            self._rebuilt.restore()
+            resident.base.restore()
         self.masters: dict[str, Tensor] = {}
         self._layerwise: Layerwise | None = None
         self._stack = ExitStack()
@@ -105,7 +106,7 @@ class Place:
             self._layerwise.close()
         self._stack.close()
 
-    def prepare(self, forward: Callable[[], object]) -> None:
+    def prepare(self, forward: Callable[[], Tensor]) -> None:
         """Find out whether the model can run layer by layer; `forward` is one pass on any batch."""
         if self.subspace.scope != Scope.ALL or self._rebuilt.layerwise is False:
             return

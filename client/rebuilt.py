@@ -54,11 +54,18 @@ class Rebuilt:
     def at_base(self) -> bool:
         return self._applied == BASE
 
+    def has_moved(self, parts: Sequence[Part]) -> bool:
+        """Whether these parts, and they alone, are not at W0."""
+        return not self.at_base and self._touched.keys() == {part.name for part in parts}
+
     def pristine(self, part: Part) -> Tensor:
         """W0 of a part, flat, on its device; to be called first while the model is at its base."""
+        self._keep(part)
+        return self._pristine[part.name].to(part.parameter.device)
+
+    def _keep(self, part: Part) -> None:
         if part.name not in self._pristine:
             self._pristine[part.name] = set_aside(part.read())
-        return self._pristine[part.name].to(part.parameter.device)
 
     def rebuild(self, parts: Sequence[Part], key: Hashable, fill: Fill, *, keep: bool = False) -> None:
         """Write W0 + what `fill` adds into the parts, unless they hold it (`key` names it).
@@ -79,10 +86,11 @@ class Rebuilt:
 
     def write(self, parts: Sequence[Part], fill: Fill) -> None:
         """Write what `fill` makes of W0 into the parts."""
-        bases = {part.name: self.pristine(part) for part in parts}
+        for part in parts:
+            self._keep(part)
         self.dirty(parts)  # should a write fail midway, no version is there
         for part in parts:
-            part.write(lambda out, part=part: fill(part, out, bases[part.name], None))  # type: ignore[misc]
+            part.write(lambda out, part=part: fill(part, out, self.pristine(part), None))  # type: ignore[misc]
 
     def dirty(self, parts: Sequence[Part]) -> None:
         """Training has moved the parts: no version is there any more."""

@@ -5,8 +5,8 @@
 Each parameter's gradient is folded into the K-vector by a hook as soon as it is there, and let go; the weights are
 rebuilt from W0 after each step, so they are round(W0 + S c) at any time.
 
-With the knob `exchange = "gradient"` the model stays where it is and what is sent is minus the mean gradient; with `path`
-local steps are SGD's and what is sent is their mean, c / (lr T).
+With the knob `exchange = "gradient"` the model stays where it is and what is sent is minus the mean gradient; with
+`path` local steps are SGD's and what is sent is their mean, c / (lr T).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def subspace(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, Mappi
         knobs = knobs.model_copy(update={"optimizer": "sgd"})
     generator = torch.Generator().manual_seed(derive_seed(task.seed, "train", task.round, task.device))
     stream = batches(dataset, knobs.batch_size, knobs.steps * knobs.accumulate, generator)
-    c = nn.Parameter(torch.zeros(place.subspace.k, dtype=torch.float32))
+    c = nn.Parameter(torch.zeros(place.subspace.k, dtype=torch.float32, device=place.resident.device))
     c.grad = torch.zeros_like(c)
     optimizer = make_optimizer(c, knobs)
     total: dict[str, float] = {"n": 0, "loss_sum": 0.0, "tokens": 0, "steps": knobs.steps}
@@ -68,10 +68,10 @@ def subspace(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, Mappi
             clip_gradient(c.grad, knobs.clip)
             optimizer.step()
             c.grad.zero_()
-            place.rebuild(place.start + c.detach().double().numpy())
+            place.rebuild(place.start + c.detach().cpu().double().numpy())
     change = c.detach() / (knobs.lr * knobs.steps if exchange == "path" else 1.0)
     change = -c.grad / knobs.steps if exchange == "gradient" else change
-    values = clip_scalars(change.numpy(), task.scalar_limit)
+    values = clip_scalars(change.cpu().numpy(), task.scalar_limit)
     return Scalars(over=Over.BASIS, k=place.subspace.k, values=values), total
 
 
@@ -89,7 +89,8 @@ def folding(place: Place, into: Tensor) -> Iterator[None]:
             table.sparse = True
         for part in place.parts:
             part.parameter.requires_grad_(True)
-            hooks.append(part.parameter.register_post_accumulate_grad_hook(_fold(place, part, into)))
+            fold = _fold(place, part, into)
+            hooks.append(part.parameter.register_post_accumulate_grad_hook(fold))  # type: ignore[no-untyped-call]
         yield
     finally:
         for table in tables:

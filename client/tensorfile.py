@@ -1,6 +1,6 @@
 """A payload (and rows beside it) as one safetensors file: written whole or not at all, its metadata in the header.
 
-Tensors: `a/{module}`, `b/{module}`, `dense/{name}` and `coefficients` (int64) of the payload, `warm/{module}` beside it.
+Tensors: `a/{module}`, `b/{module}`, `dense/{name}` and `coefficients` (int64) of the payload, `warm/{module}` beside.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The `zeroth_order` tuner: gradients from forward passes alone, along directions that a seed stands for.
 
-    spsa    g_j = (L(w + eps z_j) - L(w - eps z_j)) / (2 eps)         rho_j = -lr g_j / q         (MeZO, Malladi et al. 2023)
-    fzoo    d_j = L(w + eps z_j) - L(w),  sigma = std of the L_j      rho_j = -lr d_j / (q sigma) (FZOO, Dang et al. 2025)
-    w += sum_j rho_j z_j
+    spsa    g_j = (L(w + eps z_j) - L(w - eps z_j)) / (2 eps)       rho_j = -lr g_j / q          w += sum_j rho_j z_j
+    fzoo    d_j = L(w + eps z_j) - L(w),  sigma = std of the L_j    rho_j = -lr d_j / (q sigma)
+
+(MeZO, Malladi et al., NeurIPS 2023; FZOO, Dang et al. 2025)
 
 Only the scalars rho travel: the product of learning rate and projected gradient, so that nobody who rebuilds the model
 needs to know the learning rate. What z is depends on the subspace: one of a pool of K, or S v with v in {-1, +1}^K.
@@ -164,10 +165,8 @@ def _step(
     total["n"] += sum(len(part.ids) for part in parts)
     total["tokens"] += tokens
     total["loss_sum"] += seen * tokens
-    weights = np.array([walk.weight(n) for n in directions])
-    if gradient:
-        return -slopes * weights / (knobs.steps * len(directions))
-    return -(knobs.zo_lr or knobs.lr) * slopes * weights / len(directions)
+    rho: NDArray[np.float64] = -slopes * np.array([walk.weight(n) for n in directions]) / len(directions)
+    return rho / knobs.steps if gradient else rho * (knobs.zo_lr or knobs.lr)
 
 
 def clip_scalars(rho: NDArray[np.floating[Any]], limit: float) -> NDArray[np.float32]:

@@ -110,8 +110,8 @@ class Train(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls over the rounds, to zero after the last."""
     estimator: Literal["spsa", "fzoo"] = "spsa"
-    """How `zeroth_order` estimates a gradient: `spsa`, two-sided differences; `fzoo`, one-sided, divided by the spread of
-    the losses."""
+    """How `zeroth_order` estimates a gradient: `spsa`, two-sided differences; `fzoo`, one-sided ones, divided by the
+    spread of the losses."""
     directions: int = Field(default=1, ge=1)
     """Directions of one zeroth-order step; `fzoo` needs at least 2."""
     eps: float = Field(default=1e-3, gt=0)

@@ -24,7 +24,7 @@ plain reference that fast kernels are held against.
 from __future__ import annotations
 
 import hashlib
-from typing import Final, Literal, cast
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ def known_family(family: str) -> Family:
     """Raise ValueError unless directions of this family exist."""
     if family not in FAMILIES:
         raise ValueError(f"a family of directions must be one of {', '.join(FAMILIES)}, got {family!r}")
-    return cast(Family, family)
+    return family
 
 
 def check_k(k: int, family: str) -> None:

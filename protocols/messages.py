@@ -86,13 +86,15 @@ class Over(StrEnum):
     """What the values of a `Scalars` are coefficients of."""
 
     POOL = "pool"  # the directions of a subspace that `indices` name
-    STEPS = "steps"  # sign_vector(seed, t, k) for t = 0, 1, ...: directions within a subspace, known from the task's seed
+    STEPS = (
+        "steps"  # sign_vector(seed, t, k) for t = 0, 1, ...: directions within a subspace, known from the task's seed
+    )
     BASIS = "basis"  # the k coordinates of a subspace themselves
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subspace:
-    """The K directions that a model is tuned along: theta = theta_0 + sum_k c_k z_k, or theta_0 + S c (directions.py)."""
+    """The K directions that a model is tuned along: theta_0 + sum_k c_k z_k, or theta_0 + S c (directions.py)."""
 
     family: str  # gaussian, rademacher or sketch
     k: int
@@ -125,6 +127,16 @@ class Scalars:
             raise ValueError(f"scalars must have indices over a pool and there alone, got them over {self.over}")
         if self.indices is not None and self.indices.shape != self.values.shape:
             raise ValueError(f"scalars must have an index each, got {len(self.indices)} for {len(self.values)}")
+
+    def drawn(self) -> NDArray[np.int64]:
+        """The indices of a pool's directions, [n].
+
+        Raises:
+            ValueError: for scalars that are not over a pool.
+        """
+        if self.indices is None:
+            raise ValueError(f"scalars must be over a pool to have indices, got them over {self.over}")
+        return self.indices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The global model as K whole numbers: what every device's coefficients are, and how a late one gets there.
 
-    c_v = delta_1 + ... + delta_v,    delta_t = 2^{e_t} round(u_t / 2^{e_t}),    u_t = step_t + r_{t-1},    r_t = u_t - delta_t
+    c_v = delta_1 + ... + delta_v
+    u_t = step_t + r_{t-1},    delta_t = 2^{e_t} round(u_t / 2^{e_t}),    r_t = u_t - delta_t
 
 A round's step is rounded to whole multiples of a power of two before anybody applies it; what was cut is kept on the
 server and added next time (error feedback, Seide et al. 2014), so nothing is lost for good. Sums of such numbers are

@@ -4,8 +4,8 @@
     all devices share a round's directions z_1 ... z_T;  device i returns rho_{i,t} along them, moving as it goes
     c[k_t] += (1 / m) sum_i rho_{i,t},    t = 1 ... T
 
-The mean of each step over the m devices of the round, whatever the size of their data. What is published replays the log
-of all rounds for a late device; here directions come from a pool of K, so a late device asks for K numbers.
+The mean of each step over the m devices of the round, whatever the size of their data. What is published replays the
+log of all rounds for a late device; here directions come from a pool of K, so a late device asks for K numbers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DeComFL(subspace.SubspaceOptions):
         total, count = np.zeros(self.k), 0
         for update, scalars in subspace.taken(updates, state, self.scalar_limit):
             shared = draw_indices(self._draw_seed(state), self.k, len(scalars.values))
-            if not np.array_equal(scalars.indices, shared):
+            if not np.array_equal(scalars.drawn(), shared):
                 raise ValueError(f"update of {update.device} must go along the round's shared directions, got others")
             change = subspace.contribution(scalars, subspace.subspace_of(state))
             total += subspace.clipped(change, self.clip_norm)

@@ -2,8 +2,8 @@
 
     a_k = mean |rho| of seed k's visits so far,    p = softmax(minmax(a)),    k_t ~ p
 
-A seed that nobody has visited has the mean amplitude of the others. As published, drawing with p tilts the expected step
-towards the loud seeds, sum_k p_k g_k z_k in place of sum_k g_k z_k / K. With `correct` each step is weighted by
+A seed that nobody has visited has the mean amplitude of the others. As published, drawing with p tilts the expected
+step towards the loud seeds, sum_k p_k g_k z_k in place of sum_k g_k z_k / K. With `correct` each step is weighted by
 1 / (K p_k), which undoes that exactly (importance sampling), at the price of the variance it was meant to lower.
 
 The server draws and lists the directions of each task: a dozen bits a step, where p would be K numbers.
@@ -83,8 +83,8 @@ class FedKSeedPro(subspace.SubspaceOptions):
             change = subspace.contribution(scalars, subspace.subspace_of(state))
             total += update.examples * subspace.clipped(change, self.clip_norm)
             weight += update.examples
-            np.add.at(amplitude, scalars.indices, np.abs(scalars.values) / weights[scalars.indices])
-            np.add.at(visits, scalars.indices, 1.0)
+            np.add.at(amplitude, scalars.drawn(), np.abs(scalars.values) / weights[scalars.drawn()])
+            np.add.at(visits, scalars.drawn(), 1.0)
         return subspace.next_state(self, state, total / weight, {"amplitude": amplitude, "visits": visits})
 
     def _weights(self, p: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@
     delta       d_i = c_i - c_v after local steps                         c_{v+1} = c_v + step(sum_i p_i d_i)
     gradient    d_i = an estimate of -S' grad L_i(theta_v):               c_{v+1} = c_v + Adam(sum_i p_i d_i)
                 S' grad over T batches, or -(1/T) sum_t g_t v_t forward-only: E[g v] = S' grad
-    path        the same along local SGD steps: d_i = (c_i - c_v) / (lr T), FedNova's normalised update (Wang et al. 2020)
+    path        the same along local SGD steps: d_i = (c_i - c_v) / (lr T), normalised as in FedNova (Wang et al. 2020)
 
 Either kind of device estimates the same K numbers, so they average. Local steps of both kinds do not: a forward-only
 learning rate must be about K times smaller, so its deltas are short and are drowned in the others'. Gradient estimates
@@ -41,8 +41,8 @@ class Sketch(subspace.SubspaceOptions):
     combine: Literal["examples", "variance"] = field(
         default="examples",
         metadata={
-            "doc": "Weight devices by `examples`, or divide that by the relative `variance` 1 + K / T of a forward-only "
-            "estimate, which quiets forward-only devices."
+            "doc": "Weight devices by `examples`, or divide that by the relative `variance` 1 + K / T of a "
+            "forward-only estimate, which quiets forward-only devices."
         },
     )
     leave_out_forward: bool = field(
@@ -82,7 +82,7 @@ class Sketch(subspace.SubspaceOptions):
         return subspace.next_state(self, state, total / weight)
 
     def _variance(self, scalars: Scalars) -> float:
-        """E|d - g|^2 / |g|^2 + 1 for a forward-only estimate from T directions, about 1 + K / T; 1 with backpropagation."""
+        """1 + E|d - g|^2 / |g|^2: about 1 + K / T for a forward-only estimate from T directions, 1 for a gradient."""
         return 1 + self.k / len(scalars.values) if scalars.over == Over.STEPS else 1.0
 
     def catch_up(self, state: State, since: int) -> Patch | None:

@@ -150,9 +150,7 @@ def tasks(
     ]
 
 
-def evaluation(
-    options: SubspaceOptions, state: State, devices: Sequence[DeviceReport], round: int
-) -> list[Task]:
+def evaluation(options: SubspaceOptions, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
     """Evaluation of the newest version on every device."""
     return tasks(options, state, devices, round, tuner=lambda _: "", kind=Kind.EVALUATE)
 
@@ -190,7 +188,7 @@ def contribution(scalars: Scalars, subspace: Subspace) -> Vector:
     total = np.zeros(subspace.k)
     values = scalars.values.astype(np.float64)
     if scalars.over == Over.POOL:
-        np.add.at(total, scalars.indices, values)
+        np.add.at(total, scalars.drawn(), values)
     elif scalars.over == Over.BASIS:
         total += values
     else:
@@ -226,7 +224,9 @@ def next_state(
 ) -> State:
     """The state after a step along the mean change; `more` replaces further tensors of the strategy's own."""
     steps, moments = step(options, {"c": change}, under("moments", state.tensors))
-    log = log_of(state).push(steps["c"], options.downlink_bits, error_feedback=options.error_feedback)
+    log = log_of(state).push(
+        steps["c"].astype(np.float64), options.downlink_bits, error_feedback=options.error_feedback
+    )
     tensors = {**log.tensors(), **prefixed("moments", moments), **(more or {})}
     meta: dict[str, Any] = {**state.meta, "log": log.meta()}
     return State(version=state.version + 1, tensors=tensors, meta=meta)
@@ -235,5 +235,3 @@ def next_state(
 def whole(state: State) -> Payload:
     """The global model relative to the base."""
     return Payload(coefficients=log_of(state).total)
-
-

@@ -73,9 +73,7 @@ def wire(
     """Bytes of one device and round, counted on real frames, beside the published exchange."""
     from fedloom.cli.bench.wire import wire as measure
 
-    _show(
-        measure(strategy=strategy, k=k, steps=steps, cohort=cohort, wire=dtype, downlink_bits=downlink_bits), as_json
-    )
+    _show(measure(strategy=strategy, k=k, steps=steps, cohort=cohort, wire=dtype, downlink_bits=downlink_bits), as_json)
 
 
 def _show(figures: Mapping[str, Any], as_json: bool) -> None:

@@ -159,7 +159,8 @@ class Bench:
             hooks = []
             for weight in self.weights:
                 weight.requires_grad_(True)
-                hooks.append(weight.register_post_accumulate_grad_hook(born))  # before the hook that folds it away
+                # registered before the hook that folds the gradient away, so it runs first
+                hooks.append(weight.register_post_accumulate_grad_hook(born))  # type: ignore[no-untyped-call]
             subspace(place, self.data, self._task("subspace"))
             for hook in hooks:
                 hook.remove()
@@ -178,7 +179,14 @@ class Bench:
     def _task(self, tuner: str) -> Task:
         knobs = {"steps": LOCAL_STEPS, "batch_size": len(self.batch.ids), "lr": 1e-9}
         return Task(
-            device="bench", round=1, rank=1, alpha=1.0, start_from=Start.FRESH, tuner=tuner, subspace=self.space, knobs=knobs
+            device="bench",
+            round=1,
+            rank=1,
+            alpha=1.0,
+            start_from=Start.FRESH,
+            tuner=tuner,
+            subspace=self.space,
+            knobs=knobs,
         )
 
 

@@ -21,7 +21,9 @@ PUBLISHED = 17_984  # FedKSeed: K floats down, a seed and a float a step up
 METRICS = {"loss_sum": 812.25, "tokens": 1600.0, "n": 1600.0, "steps": 200.0}
 
 
-def wire(*, strategy: str, k: int, steps: int, cohort: int, wire: str, downlink_bits: int, seed: int = 0) -> dict[str, Any]:
+def wire(
+    *, strategy: str, k: int, steps: int, cohort: int, wire: str, downlink_bits: int, seed: int = 0
+) -> dict[str, Any]:
     """Bytes of one device and round.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,10 @@ def test_there_is_a_recipe_for_each_strategy(recipe: str) -> None:
         ({"strategy": {"name": "sketch", "k": 1000}}, "a sketch must have a power of two of buckets, got 1000"),
         ({"strategy": {"name": "fedkseed", "k": 0}}, "must have 1..1048576 directions, got 0"),
         ({"strategy": {"name": "fedkseed", "family": "sketch"}}, "option 'family' of strategy fedkseed"),
-        ({"strategy": {"name": "fedkseed", "scope": "mask"}}, "devices that hold a mask .recipe key 'model.mask'., got"),
+        (
+            {"strategy": {"name": "fedkseed", "scope": "mask"}},
+            "devices that hold a mask .recipe key 'model.mask'., got",
+        ),
         ({"strategy.name": "fedkseed", "train.tuner": "lora"}, "must have a tuner of scalars .*got 'lora'"),
         ({"strategy.name": "fedkseed", "train.tuner": "subspace"}, "must have a sketch, got directions of family"),
         ({"strategy.name": "fedloom", "train.tuner": "subspace"}, "must have a tuner of factors .*got 'subspace'"),
@@ -169,7 +171,7 @@ def test_what_a_recipe_gets_wrong_is_one_line(
 
 
 @pytest.fixture
-def tampered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Task]]:
+def tampered(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """device-01 answers every training task with its first answer of the run: a replay."""
     from fedloom.client import device
 
@@ -183,7 +185,7 @@ def tampered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Task]]:
         return first.setdefault(self.name, update)
 
     monkeypatch.setattr(device.Device, "handle", replay)
-    yield asked
+    return asked
 
 
 def test_a_replayed_update_is_refused_and_counted_and_the_round_goes_on(

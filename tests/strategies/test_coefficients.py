@@ -19,9 +19,7 @@ def coefficients(steps, exponent=0, subspace=SPACE):
     return Coefficients(subspace=subspace, exponent=exponent, steps=np.array(steps, np.int64))
 
 
-numbers = st.builds(
-    coefficients, st.lists(st.integers(-(2**20), 2**20), min_size=8, max_size=8), st.integers(-40, -20)
-)
+numbers = st.builds(coefficients, st.lists(st.integers(-(2**20), 2**20), min_size=8, max_size=8), st.integers(-40, -20))
 
 
 @given(numbers, numbers, numbers)

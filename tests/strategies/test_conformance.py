@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
-from toy_fleet import K, SPEC, STEPS, answer, answers, close, dense_of, merge, noise_payload, reports, update_of
+from toy_fleet import SPEC, STEPS, K, answer, answers, close, dense_of, merge, noise_payload, reports, update_of
 
 from fedloom.protocols.messages import Kind, LowRank, MatrixSpec, ModelSpec, Over, Payload, Scalars, Start
 from fedloom.strategies.base import Scaling, State, Strategy
