@@ -112,6 +112,7 @@ class Place:
             return
         layerwise = Layerwise(self.resident.model, self.parts)
         if self._rebuilt.layerwise is None:
+            self._rebuilt.restore()  # what a failed task left may be no number
             self._rebuilt.layerwise = layerwise.works(forward)
         if self._rebuilt.layerwise:
             self._layerwise = layerwise

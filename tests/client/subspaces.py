@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.client.data import Batch, Dataset, Example
+from fedloom.client.lora import _zero
 from fedloom.client.mask import hash_mask
 from fedloom.client.model import Resident
 from fedloom.client.parts import parts_of
+from fedloom.client.rebuilt import Rebuilt
 from fedloom.client.training import forward_logits
 from fedloom.protocols.directions import direction, pool_keys, sketch_rows
 from fedloom.protocols.messages import Coefficients, Scope, Start, Subspace, Task
@@ -36,7 +38,7 @@ def point(subspace: Subspace, seed: int = 0, exponent: int = -16, *, only: int =
     """Random coefficients of about 0.01; of a pool, `only` that many that are not zero."""
     generator = np.random.Generator(np.random.Philox(key=seed))
     steps = generator.integers(-1000, 1000, subspace.k)
-    if only:
+    if only and subspace.family != "sketch":
         steps[generator.permutation(subspace.k)[only:]] = 0
     return Coefficients(subspace=subspace, exponent=exponent, steps=steps)
 
@@ -100,8 +102,8 @@ def sizes_of(resident: Resident, scope: Scope) -> dict[str, int]:
 
 def values_of(resident: Resident, scope: Scope) -> dict[str, NDArray[Any]]:
     """Copies of the parts as they stand; bfloat16 as float32, which holds it."""
-    parts = parts_of(resident, scope)
-    return {part.name: (v.float() if v.dtype == torch.bfloat16 else v).numpy().copy() for part in parts for v in [part.read()]}
+    read = {part.name: part.read() for part in parts_of(resident, scope)}
+    return {name: (v.float() if v.dtype == torch.bfloat16 else v).numpy().copy() for name, v in read.items()}
 
 
 def weights(resident: Resident) -> dict[str, Tensor]:
@@ -126,17 +128,26 @@ def logits(resident: Resident) -> Tensor:
 
 
 def clean(resident: Resident) -> Resident:
-    """The resident at its base, as if it had just been loaded."""
+    """The resident at its base, as if it had just been loaded, every parameter at the begin of a cache line.
+
+    Layer by layer they are made there; a product's last bit may depend on where its factors lie.
+    """
     resident.rebuilt.restore()
+    for parameter in resident.model.parameters():
+        if parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
     resident.base.restore()
     resident.rebuilt.layerwise = None
+    resident.adapters.set_factors({name: _zero(size) for name, size in resident.spec.matrices.items()})
     return resident
 
 
 def masked(resident: Resident, mask: Mapping[str, Tensor]) -> Resident:
-    """The resident as if it had been loaded with a mask."""
+    """The resident at its base, as if it had just been loaded with a mask."""
+    clean(resident)
     ordered = dict(sorted(mask.items()))
-    return replace(resident, mask=ordered, spec=replace(resident.spec, mask=hash_mask(ordered)))
+    spec = replace(resident.spec, mask=hash_mask(ordered))
+    return replace(resident, mask=ordered, spec=spec, rebuilt=Rebuilt())
 
 
 def some_mask(resident: Resident, share: float = 0.01, seed: int = 0) -> dict[str, Tensor]:

@@ -120,15 +120,18 @@ def test_of_a_table_the_batch_s_rows_are_made(kind: str, request: pytest.Fixture
     sizes = {name: parameter.numel() for name, parameter in parameter_names(resident.model).items()}
     rows = {name: wanted for name, wanted, _ in log if wanted is not None}
     words, positions = sorted(set(IDS.flatten().tolist())), list(range(IDS.shape[1]))
-    assert rows == {
-        "llama": {"model.embed_tokens.weight": words},
-        "gpt2": {"transformer.wte.weight": words, "transformer.wpe.weight": positions},
-        "classifier": {
-            "bert.embeddings.word_embeddings.weight": words,
-            "bert.embeddings.position_embeddings.weight": positions,
-            "bert.embeddings.token_type_embeddings.weight": [0],
-        },
-    }[kind]
+    assert (
+        rows
+        == {
+            "llama": {"model.embed_tokens.weight": words},
+            "gpt2": {"transformer.wte.weight": words, "transformer.wpe.weight": positions},
+            "classifier": {
+                "bert.embeddings.word_embeddings.weight": words,
+                "bert.embeddings.position_embeddings.weight": positions,
+                "bert.embeddings.token_type_embeddings.weight": [0],
+            },
+        }[kind]
+    )
     whole = [name for name, wanted, _ in log if wanted is None]
     tied = {"model.embed_tokens.weight", "transformer.wte.weight"}
     assert sorted(whole) == sorted(sizes.keys() - (rows.keys() - tied))
@@ -145,7 +148,7 @@ def test_the_scratch_memory_is_one_module_s(kind: str, request: pytest.FixtureRe
     layerwise.close()
     largest = 0
     for module in resident.model.modules():
-        own = [parameter for parameter in module.parameters(recurse=False)]
+        own = list(module.parameters(recurse=False))
         if own and not isinstance(module, nn.Embedding):
             largest = max(largest, sum(-(-p.numel() * p.element_size() // 64) * 64 for p in own))
     assert len(layerwise._scratch) == largest
