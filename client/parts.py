@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedloom.client.model import Resident
 
 Fill = Callable[["Part", Tensor, Tensor, "Tensor | None"], None]
-"""fill(part, out, base, rows): write a part's perturbed values, made of `base`, to `out`; of a table those of `rows`."""
+"""fill(part, out, base, rows): write a part's perturbed values, made of `base`, to `out`; of a table only `rows`."""
 
 
 @dataclass(frozen=True, kw_only=True)

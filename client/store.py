@@ -25,10 +25,12 @@ import numpy as np
 from fedloom.client.patching import BASE
 from fedloom.client.tensorfile import digest_payload, read_payload, write_payload, write_whole
 from fedloom.protocols.messages import Array, ModelSpec, Patch, Payload
+from fedloom.strategies.coefficients import WINDOW
 from fedloom.strategies.lowrank import add
 
 WARM_ROWS = 64
-PATCHES_KEPT = 8  # versions kept below the newest
+PATCHES_KEPT = 8  # versions kept below the newest, of factors and dense tensors
+COEFFICIENTS_KEPT = WINDOW  # of coefficients, which are small: as far back as a server sends changes
 STATES_KEPT = 2
 HELD_FILE = "held.json"
 CACHED = 4  # patches in memory, shared by the devices of a process
@@ -132,7 +134,7 @@ class DeviceStore:
         lineages = self._lineages(run)
         if lineages.get(version) == lineage:
             return
-        kept = {v: known for v, known in lineages.items() if v >= version - PATCHES_KEPT} | {version: lineage}
+        kept = {v: known for v, known in lineages.items() if v >= version - COEFFICIENTS_KEPT} | {version: lineage}
         write_whole(self.state_dir / HELD_FILE, json.dumps({"run": run, "lineages": kept}).encode())
 
     def _stale(self, asked: int, run: str) -> NoReturn:
@@ -166,9 +168,10 @@ class DeviceStore:
 
     def _write_patch(self, held: Held, lineage: str) -> None:
         write_payload(self._patch_path(held.version, lineage), held.payload, held.warm, {"version": held.version})
+        kept = PATCHES_KEPT if held.payload.coefficients is None else COEFFICIENTS_KEPT
         for path in self.patch_dir.glob("v*-*.safetensors"):
             version = path.name[1:].partition("-")[0]
-            if version.isdecimal() and int(version) < held.version - PATCHES_KEPT:
+            if version.isdecimal() and int(version) < held.version - kept:
                 path.unlink(missing_ok=True)
 
     def _patch_path(self, version: int, lineage: str) -> Path:

@@ -24,7 +24,7 @@ from fedloom.client.data import Dataset, batches
 from fedloom.client.parts import Part
 from fedloom.client.place import Place
 from fedloom.client.training import clip_gradient, forward_logits, loss_sum, make_optimizer, read_knobs
-from fedloom.client.zeroth_order import clip_scalars
+from fedloom.client.zeroth_order import clip_scalars, read_exchange
 from fedloom.protocols.messages import Over, Scalars, Task
 from fedloom.protocols.seeds import derive_seed
 
@@ -40,8 +40,7 @@ def subspace(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, Mappi
     """
     if place.subspace.family != "sketch":
         raise ValueError(f"the subspace tuner must have a sketch, got directions of family {place.subspace.family!r}")
-    knobs = read_knobs(task)
-    exchange = task.knobs.get("exchange", "delta")
+    knobs, exchange = read_knobs(task), read_exchange(task)
     if exchange == "path":
         knobs = knobs.model_copy(update={"optimizer": "sgd"})
     generator = torch.Generator().manual_seed(derive_seed(task.seed, "train", task.round, task.device))

@@ -107,8 +107,7 @@ def zeroth_order(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, M
     Raises:
         ValueError: for a bad knob, or when a loss stops being finite.
     """
-    knobs = read_knobs(task)
-    exchange = task.knobs.get("exchange", "delta")
+    knobs, exchange = read_knobs(task), read_exchange(task)
     generator = torch.Generator().manual_seed(derive_seed(task.seed, "train", task.round, task.device))
     stream = batches(dataset, knobs.batch_size, knobs.steps * knobs.accumulate, generator)
     count = knobs.steps * knobs.directions
@@ -130,6 +129,18 @@ def zeroth_order(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, M
     if exchange == "path":
         values = clip_scalars(values / ((knobs.zo_lr or knobs.lr) * knobs.steps), task.scalar_limit)
     return walk.scalars(values), total
+
+
+def read_exchange(task: Task) -> str:
+    """What a task wants sent: `delta` (where steps lead), `gradient` or `path`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    exchange = task.knobs.get("exchange", "delta")
+    if exchange not in ("delta", "gradient", "path"):
+        raise ValueError(f"the task's exchange must be delta, gradient or path, got {exchange!r}")
+    return str(exchange)
 
 
 def _step(

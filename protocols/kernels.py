@@ -10,8 +10,11 @@ made for a call, so that nothing is left behind that a fork or OpenMP would meet
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, Final, TypeVar
 
@@ -24,12 +27,16 @@ Weights = NDArray[Any]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_KINDS: Final = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
-_PIECE: Final = 1 << 20  # elements that a thread takes at once, at most
+_KINDS: Final[dict[np.dtype[Any], int]] = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.uint16): 2}
+_PIECE: Final = 1 << 19  # elements that a thread takes at once, at most
 _WORK: Final = 1 << 26  # elements times directions of the same
 _TILE: Final = 2048
 _FOLDED: Final = 1 << 20  # elements of one partial sum of fold_sketch, at least
-_ZERO: Final = np.zeros(1, np.int64)  # the only row of a flat tensor
+_WRAP: Final = 128  # buckets that are there twice, so that a step of 128 elements meets no end
+_FLAT: Final = np.zeros(1, np.int64)  # the rows of a flat tensor
+_SCRATCH_BYTES: Final = 32768  # more than the tiles of kernels_numba.py take
+
+_hash = lru_cache(maxsize=4096)(name_hash)
 
 
 def add_directions(
@@ -107,17 +114,17 @@ def fold_sketch(into: NDArray[Any], gradient: Weights, *, name: str, start: int,
     _check_array("gradient", gradient, 1, *_KINDS)
     _check_array("into", into, 1, np.dtype(np.float32), np.dtype(np.float64))
     _check_start(start)
-    k, chunk = into.size, max(_FOLDED, 64 * into.size)
+    k = into.size
     check_k(k, "sketch")
-    core, where = _loops(), (*name_hash(name), _key(seed), k, k.bit_length() - 1)
-    address, size, kind = gradient.ctypes.data, gradient.itemsize, _KINDS[gradient.dtype]
+    chunk, size, kind = max(_FOLDED, 64 * k), gradient.itemsize, _KINDS[gradient.dtype]
+    address, where = _address(gradient), (*_hash(name), _key(seed), k, k.bit_length() - 1)
+    loop = _loops().fold
 
     def fold(low: int) -> NDArray[np.float64]:
-        part, scratch = np.zeros(k + 128), _scratch()
-        d = min(chunk, gradient.size - low)
-        core.fold(part.ctypes.data, address + size * low, kind, d, start + low, *where, scratch.ctypes.data)
-        if k >= 128:
-            part[:128] += part[k:]
+        part, d = np.zeros(k + _WRAP), min(chunk, gradient.size - low)
+        loop(_address(part), address + size * low, kind, d, start + low, *where, _scratch.address)
+        if k >= _WRAP:
+            part[:_WRAP] += part[k:]
         return part[:k]
 
     total = np.zeros(k)
@@ -132,20 +139,20 @@ _Piece = tuple[int, int, int, int, int, int, int]  # what every loop of kernels_
 def _runs(out: Weights, base: Weights, start: int, directions: int) -> Iterator[_Piece]:
     """Pieces of consecutive elements."""
     size = max(_TILE, min(_PIECE, _WORK // max(1, directions) // _TILE * _TILE))
-    to, source, kinds = out.ctypes.data, base.ctypes.data, _kinds(out, base)
+    to, source, kinds = _address(out), _address(base), 3 * _KINDS[out.dtype] + _KINDS[base.dtype]
     for low in range(0, out.size, size):
         d = min(size, out.size - low)
-        yield to + out.itemsize * low, source + base.itemsize * low, kinds, _ZERO.ctypes.data, 1, d, start + low
+        yield to + out.itemsize * low, source + base.itemsize * low, kinds, _flat, 1, d, start + low
 
 
 def _row_groups(out: Weights, base: Weights, rows: NDArray[np.int64], directions: int) -> Iterator[_Piece]:
     """Pieces of some rows of a table."""
     d = out.shape[1]
     some = max(1, min(_PIECE, _WORK // max(1, directions)) // max(1, d))
-    to, source, kinds = out.ctypes.data, base.ctypes.data, _kinds(out, base)
+    to, source, kinds = _address(out), _address(base), 3 * _KINDS[out.dtype] + _KINDS[base.dtype]
     for low in range(0, len(rows), some):
         count = min(some, len(rows) - low)
-        yield to + out.itemsize * low * d, source, kinds, rows.ctypes.data + 8 * low, count, d, 0
+        yield to + out.itemsize * low * d, source, kinds, _address(rows) + 8 * low, count, d, 0
 
 
 def _add(pieces: Iterator[_Piece], name: str, family: str, keys: Keys, scales: Float32, threads: int) -> None:
@@ -157,14 +164,8 @@ def _add(pieces: Iterator[_Piece], name: str, family: str, keys: Keys, scales: F
     if len(keys) != len(scales):
         raise ValueError(f"keys and scales must be equally many, got {len(keys)} and {len(scales)}")
     loop = _loops().gaussian if family == "gaussian" else _loops().rademacher
-    where = (*name_hash(name), keys.ctypes.data, scales.ctypes.data, len(keys))
-
-    def add(piece: _Piece) -> None:
-        scratch = _scratch()
-        loop(*piece, *where, scratch.ctypes.data)
-
-    for _ in _run(add, pieces, threads):
-        pass
+    where = (*_hash(name), _address(keys), _address(scales), len(keys))
+    _run(lambda piece: loop(*piece, *where, _scratch.address), pieces, threads)
 
 
 def _add_buckets(pieces: Iterator[_Piece], name: str, seed: int, c: Float32, threads: int) -> None:
@@ -172,29 +173,35 @@ def _add_buckets(pieces: Iterator[_Piece], name: str, seed: int, c: Float32, thr
     _check_array("c", c, 1, np.dtype(np.float32))
     k = c.size
     check_k(k, "sketch")
-    around = np.concatenate([c, c[:128]]) if k >= 128 else c
-    loop, where = _loops().sketch, (*name_hash(name), _key(seed), around.ctypes.data, k, k.bit_length() - 1)
-
-    def add(piece: _Piece) -> None:
-        scratch = _scratch()
-        loop(*piece, *where, scratch.ctypes.data)
-
-    for _ in _run(add, pieces, threads):
-        pass
+    around = np.concatenate([c, c[:_WRAP]]) if k >= _WRAP else c
+    loop, where = _loops().sketch, (*_hash(name), _key(seed), _address(around), k, k.bit_length() - 1)
+    _run(lambda piece: loop(*piece, *where, _scratch.address), pieces, threads)
 
 
-def _run(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Results in the order of the items; a thread takes the next one when it is free."""
+def _run(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> list[Result]:
+    """Results in the order of the items; each thread, this one too, takes the next item when it is free."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     waiting = list(items)
-    if threads == 1 or len(waiting) < 2:
-        yield from map(work, waiting)
-        return
-    with ThreadPoolExecutor(min(threads, len(waiting))) as pool:
-        yield from pool.map(work, waiting)
+    helpers = min(threads, len(waiting) // 2) - 1  # a thread takes as long to start as one piece
+    if helpers < 1:
+        return list(map(work, waiting))
+    done: list[Any] = [None] * len(waiting)
+    turns = itertools.count()
+
+    def take_turns() -> None:
+        while (turn := next(turns)) < len(waiting):
+            done[turn] = work(waiting[turn])
+
+    with ThreadPoolExecutor(helpers) as pool:
+        others = [pool.submit(take_turns) for _ in range(helpers)]
+        take_turns()
+        for other in others:
+            other.result()
+    return done
 
 
+@cache
 def _loops() -> ModuleType:
     """kernels_numba, imported when first needed: Numba takes a while."""
     from fedloom.protocols import kernels_numba
@@ -202,14 +209,21 @@ def _loops() -> ModuleType:
     return kernels_numba
 
 
-def _scratch() -> NDArray[np.uint8]:
-    """A thread's memory for tiles, from a cache line's begin."""
-    memory = np.empty(_loops().SCRATCH_BYTES + 64, np.uint8)
-    return memory[-memory.ctypes.data % 64 :]
+def _address(array: NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
-def _kinds(out: Weights, base: Weights) -> int:
-    return 3 * _KINDS[out.dtype] + _KINDS[base.dtype]
+class _Scratch(threading.local):
+    """Each thread's memory for tiles, from a cache line's begin on."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(_SCRATCH_BYTES + 64, np.uint8)
+        self.address = _address(self.memory) + -_address(self.memory) % 64
+
+
+_scratch = _Scratch()
+_flat = _address(_FLAT)
 
 
 def _key(seed: int) -> int:
@@ -222,6 +236,8 @@ def _key(seed: int) -> int:
 def _check_array(what: str, array: NDArray[Any], ndim: int, *dtypes: np.dtype[Any]) -> None:
     if array.dtype not in dtypes:
         raise ValueError(f"{what} must be {' or '.join(map(str, dtypes))}, got {array.dtype}")
+    if what in ("out", "into") and not array.flags.writeable:
+        raise ValueError(f"{what} must be writeable, got a read-only array")
     if array.ndim != ndim or not array.flags.c_contiguous:
         raise ValueError(f"{what} must be contiguous with {ndim} axes, got {array.shape} with strides {array.strides}")
 

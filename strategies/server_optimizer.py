@@ -61,9 +61,15 @@ def refuse_elementwise(options: MergeOptions, name: str) -> None:
 
 
 def step(
-    options: MergeOptions, change: Mapping[str, Array], moments: Mapping[str, Array]
+    options: MergeOptions,
+    change: Mapping[str, Array],
+    moments: Mapping[str, Array],
+    measured: Mapping[str, Array] | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The step for each tensor's mean change, and the next moments (`m/<name>`, `v/<name>`)."""
+    """The step for each tensor's mean change, and the next moments (`m/<name>`, `v/<name>`).
+
+    `measured` is what FedAdam's v is taken of, where that is not the change itself.
+    """
     if options.server_optimizer == "none":
         return dict(change), {}
     beta, beta2, tau = options.server_momentum, options.server_beta2, options.server_tau
@@ -77,7 +83,8 @@ def step(
             continue
         v = moments.get(f"v/{name}", np.full_like(value, tau**2))
         after[f"m/{name}"] = m = beta * m + (1 - beta) * value
-        after[f"v/{name}"] = v = beta2 * v + (1 - beta2) * value**2
+        scale = value if measured is None else measured[name]
+        after[f"v/{name}"] = v = beta2 * v + (1 - beta2) * scale**2
         steps[name] = options.server_lr * m / (np.sqrt(v) + tau)
     return steps, after
 

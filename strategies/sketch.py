@@ -45,6 +45,13 @@ class Sketch(subspace.SubspaceOptions):
             "forward-only estimate, which quiets forward-only devices."
         },
     )
+    precondition: Literal["all", "backprop"] = field(
+        default="all",
+        metadata={
+            "doc": "Whose gradients fedadam's second moment is taken of: `all` devices', or those of `backprop` devices "
+            "where a round has any, so that the noise of forward-only estimates does not shrink every step."
+        },
+    )
     leave_out_forward: bool = field(
         default=False, metadata={"doc": "Train on devices that can backpropagate alone; the others are only judged."}
     )
@@ -54,6 +61,8 @@ class Sketch(subspace.SubspaceOptions):
         check_k(self.k, "sketch")
         if self.exchange not in ("delta", "gradient", "path"):
             raise ValueError(f"exchange must be delta, gradient or path, got {self.exchange!r}")
+        if self.precondition not in ("all", "backprop"):
+            raise ValueError(f"precondition must be all or backprop, got {self.precondition!r}")
         if self.combine not in ("examples", "variance"):
             raise ValueError(f"combine must be examples or variance, got {self.combine!r}")
 
@@ -74,12 +83,18 @@ class Sketch(subspace.SubspaceOptions):
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
         """One round: the mean of the devices' changes or gradient estimates, and the server's step."""
         total, weight = np.zeros(self.k), 0.0
+        clean, clean_weight = np.zeros(self.k), 0.0
         for update, scalars in subspace.taken(updates, state, self.scalar_limit):
             change = subspace.contribution(scalars, subspace.subspace_of(state))
             share = update.examples / (self._variance(scalars) if self.combine == "variance" else 1.0)
-            total += share * subspace.clipped(change, self.clip_norm)
+            moved = share * subspace.clipped(change, self.clip_norm)
+            total += moved
             weight += share
-        return subspace.next_state(self, state, total / weight)
+            if scalars.over == Over.BASIS:
+                clean += moved
+                clean_weight += share
+        measured = clean / clean_weight if clean_weight and self.precondition == "backprop" else None
+        return subspace.next_state(self, state, total / weight, measured=measured)
 
     def _variance(self, scalars: Scalars) -> float:
         """1 + E|d - g|^2 / |g|^2: about 1 + K / T for a forward-only estimate from T directions, 1 for a gradient."""

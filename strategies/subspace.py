@@ -220,10 +220,20 @@ def taken(updates: Iterable[Update], state: State, limit: float) -> Iterator[tup
 
 
 def next_state(
-    options: SubspaceOptions, state: State, change: NDArray[np.float64], more: Mapping[str, Array] | None = None
+    options: SubspaceOptions,
+    state: State,
+    change: Vector,
+    more: Mapping[str, Array] | None = None,
+    measured: Vector | None = None,
 ) -> State:
-    """The state after a step along the mean change; `more` replaces further tensors of the strategy's own."""
-    steps, moments = step(options, {"c": change}, under("moments", state.tensors))
+    """The state after a step along the mean change.
+
+    Args:
+        more: replaces further tensors of the strategy's own.
+        measured: what the server optimiser's second moment is taken of, where that is not the change.
+    """
+    scale = None if measured is None else {"c": measured}
+    steps, moments = step(options, {"c": change}, under("moments", state.tensors), scale)
     log = log_of(state).push(
         steps["c"].astype(np.float64), options.downlink_bits, error_feedback=options.error_feedback
     )

@@ -34,10 +34,10 @@ def space(family: str = "sketch", k: int = 64, scope: Scope = Scope.ALL, **field
     return Subspace(family=family, k=k, scope=scope, **given)
 
 
-def point(subspace: Subspace, seed: int = 0, exponent: int = -16, *, only: int = 0) -> Coefficients:
-    """Random coefficients of about 0.01; of a pool, `only` that many that are not zero."""
+def point(subspace: Subspace, seed: int = 0, exponent: int = -37, *, only: int = 0) -> Coefficients:
+    """Random coefficients below 0.008; of a pool, `only` that many that are not zero."""
     generator = np.random.Generator(np.random.Philox(key=seed))
-    steps = generator.integers(-1000, 1000, subspace.k)
+    steps = generator.integers(-(2**30), 2**30, subspace.k)  # more bits than float32 has
     if only and subspace.family != "sketch":
         steps[generator.permutation(subspace.k)[only:]] = 0
     return Coefficients(subspace=subspace, exponent=exponent, steps=steps)

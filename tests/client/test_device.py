@@ -5,20 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from subspaces import clean, delta, in_scope, point, same, space, task_for, weights
+from torch import Tensor
 
 from fedloom.client.data import Example
 from fedloom.client.device import Device
-from fedloom.client.model import Resident
+from fedloom.client.evaluation import evaluate
+from fedloom.client.model import Resident, load_model
+from fedloom.client.place import Place
 from fedloom.client.starting import starting_payload
-from fedloom.client.store import StaleVersion
+from fedloom.client.store import DeviceStore, StaleVersion
+from fedloom.protocols import config
+from fedloom.protocols.directions import FAMILIES
 from fedloom.protocols.initial import initial_a
-from fedloom.protocols.messages import Kind, LowRank, Patch, Payload, Start, Task, Update
+from fedloom.protocols.messages import Kind, LowRank, Patch, Payload, Scope, Start, Subspace, Task, Update
+from fedloom.protocols.seeds import derive_seed
 from fedloom.server.intake import check_update
+from fedloom.strategies.base import Scaling
+from fedloom.strategies.coefficients import CoefficientLog, first_log
+from fedloom.strategies.fedkseed import FedKSeed
 from fedloom.strategies.ffa import drop_a
+from fedloom.strategies.sketch import Sketch
 
 MakeDevice = Callable[..., Device]
 PayloadFor = Callable[..., Payload]
@@ -233,3 +246,265 @@ def test_evaluation_knobs_of_the_task_go_first(llama: Resident, make_device: Mak
     metrics = device.handle(_task(kind=Kind.EVALUATE, knobs={"rouge": 1, "max_new_tokens": 3, "batch_size": 2})).metrics
     assert "rouge_l_sum" in metrics
     assert "rouge_l_sum" not in device.handle(_task(kind=Kind.EVALUATE, knobs={})).metrics
+
+
+# In a subspace
+
+
+def _forward_device(resident: Resident, folder: Path, examples: list[Example], name: str = "a") -> Device:
+    """A device that cannot backpropagate, with adapters of rank 4 at most."""
+    return Device(
+        name,
+        resident=clean(resident),
+        train=examples,
+        test=examples,
+        store=DeviceStore(folder / name / "patches", folder / name / "state"),
+        rank=4,
+        data_config=config.Data(),
+        eval_config=config.Evaluation(),
+        capability="forward",
+    )
+
+
+def test_a_forward_only_device_runs_forward_passes_alone(
+    llama: Resident, examples: list[Example], tmp_path: Path
+) -> None:
+    device = _forward_device(llama, tmp_path, examples)
+    assert device.hello().report.capabilities == ("forward",)
+    for task in (task_for(space(), "subspace"), _task(), _task(tuner="subspace")):
+        with pytest.raises(
+            ValueError, match=r"a runs forward passes alone \(zeroth_order\), got tuner '(subspace|lora)'"
+        ):
+            device.handle(task)
+    for family in FAMILIES:
+        update = device.handle(task_for(space(family), nonce=9))
+        assert (update.nonce, update.examples, update.run, update.kind) == (9, 4, "run", Kind.TRAIN)
+        assert update.payload.scalars is not None
+        assert not update.payload.factors
+        assert not update.payload.dense
+        assert len(update.payload.scalars.values) == 1
+    assert device.handle(_task(kind=Kind.EVALUATE)).metrics["n"] == 4
+    clean(llama)
+
+
+def test_what_a_device_refuses_in_a_subspace(llama: Resident, examples: list[Example], tmp_path: Path) -> None:
+    device, before = _forward_device(llama, tmp_path, examples), weights(llama)
+    adapters = space(scope=Scope.LORA, rank=5)
+    with pytest.raises(ValueError, match="a task for a must have rank <= 4, got 5"):
+        device.handle(task_for(adapters))
+    with pytest.raises(ValueError, match=r"rank must be in 1..16 for model.layers.0.self_attn.k_proj .*, got 20"):
+        Device(
+            "a",
+            resident=llama,
+            train=examples,
+            test=examples,
+            store=DeviceStore(tmp_path / "p", tmp_path / "s"),
+            rank=64,
+            data_config=config.Data(),
+            eval_config=config.Evaluation(),
+        ).handle(task_for(space(scope=Scope.LORA, rank=20)))
+    other = Patch(base_hash="f" * 64, since=0, version=1, payload=Payload(coefficients=point(space())))
+    with pytest.raises(ValueError, match=r"this device's base .*, got one for ffffffffffff"):
+        device.handle(task_for(space(), patch=other))
+    stale = Patch(base_hash=llama.spec.base_hash, since=2, version=3, payload=Payload(coefficients=point(space())))
+    with pytest.raises(StaleVersion, match="got 2"):
+        device.handle(task_for(space(), patch=stale))
+    with pytest.raises(ValueError, match=r"must be of version 1 on this device, the server asks for version 9"):
+        device.handle(task_for(replace(space(), directions=9)))
+    patch = _patch(llama, Payload(coefficients=point(space(seed=3))), 0, 1)
+    with pytest.raises(ValueError, match="coefficients must be of the task's subspace"):
+        device.handle(task_for(space(), patch=patch))
+    with pytest.raises(ValueError, match="the task's mask must be the one held here"):
+        device.handle(task_for(space(scope=Scope.MASK, mask="a" * 64)))
+    with pytest.raises(ValueError, match=r"must have a tuner of factors \(lora\), got 'zeroth_order'"):
+        device.handle(_task(tuner="zeroth_order"))
+    assert same(before, weights(clean(llama)))
+
+
+def test_a_tuner_of_factors_does_not_work_in_a_subspace(llama: Resident, make_device: MakeDevice) -> None:
+    with pytest.raises(ValueError, match=r"must have a tuner of scalars \(zeroth_order, subspace\), got 'lora'"):
+        make_device(clean(llama)).handle(task_for(space(), "lora"))
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tiny_llama: Path) -> Resident:
+    return load_model(config.Model(path=str(tiny_llama), dtype="bfloat16"), config.Lora(), seed=0)
+
+
+def _held_weights(device: Device, resident: Resident, subspace: Subspace, version: int) -> dict[str, Tensor]:
+    """What the device's version is, rebuilt from what it has on disk."""
+    held = device._store.take(_patch(resident, Payload(), version, version), resident.spec, "run")
+    with Place(clean(resident), subspace, held.payload.coefficients, held.key) as place:
+        place.rebuild()
+        return {part.name: part.read().clone() for part in place.parts}
+
+
+@pytest.mark.parametrize("scope", [Scope.ALL, Scope.LORA])
+@pytest.mark.parametrize("family", ["sketch", "rademacher"])
+@pytest.mark.parametrize("kind", ["llama", "bfloat16"])
+def test_however_a_device_came_to_a_version_it_holds_the_same_bits(
+    kind: str, family: str, scope: Scope, request: pytest.FixtureRequest, make_device: MakeDevice
+) -> None:
+    """Round by round, at once from the base, or with rounds missed: the same weights, answers and figures.
+
+    The first trains in between, on the model that all of them share. The rounds' steps are of very unequal size.
+    """
+    resident: Resident = clean(request.getfixturevalue(kind))
+    subspace, last = space(family, 16, scope), 6
+    devices = {name: make_device(resident, name) for name in ("each", "once", "some")}
+    log = first_log(resident.spec.base_hash, subspace)
+    generator = np.random.Generator(np.random.Philox(key=7))
+    calls = {"each": {*range(1, last + 1)}, "once": {last}, "some": {2, 3, last}}
+    held, metrics = dict.fromkeys(devices, 0), {}
+    for version in range(1, last + 1):
+        log = log.push(generator.normal(size=16) * 10.0 ** -(version % 4 + 1), bits=2)
+        for name, device in devices.items():
+            if version not in calls[name]:
+                continue
+            patch = log.since(held[name])
+            assert patch is not None
+            assert patch.since == held[name]
+            if name == "each":
+                device.handle(task_for(subspace, device=name, round=version, patch=patch, knobs={"lr": 1e-3}))
+                patch = log.since(version)
+            task = task_for(subspace, "", device=name, kind=Kind.EVALUATE, patch=patch)
+            metrics[name] = device.handle(task).metrics
+            held[name] = device.hello().report.version
+            assert held[name] == version
+    found = {name: _held_weights(device, resident, subspace, last) for name, device in devices.items()}
+    assert same(found["each"], found["once"])
+    assert same(found["each"], found["some"])
+    assert metrics["each"] == metrics["once"] == metrics["some"]
+    totals = [
+        device._store.take(_patch(resident, Payload(), last, last), resident.spec, "run").payload.coefficients
+        for device in devices.values()
+    ]
+    for total in totals:
+        assert total is not None
+        np.testing.assert_array_equal(total.values(), log.total.values())
+    clean(resident)
+
+
+@pytest.mark.parametrize("scope", list(Scope))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["llama", "classifier"])
+def test_a_device_evaluates_at_the_version(
+    kind: str, family: str, scope: Scope, request: pytest.FixtureRequest, make_device: MakeDevice
+) -> None:
+    """Its figures are those of W0 + sum written into the model by hand; without a patch, those of the base."""
+    resident, subspace = in_scope(request.getfixturevalue(kind), scope, family)
+    device, held = make_device(resident), point(subspace, exponent=-34, only=5)
+    task = task_for(subspace, "", kind=Kind.EVALUATE)
+    patch = _patch(resident, Payload(coefficients=held), 0, 1)
+    base, got = device.handle(task).metrics, device.handle(replace(task, patch=patch)).metrics
+    assert device.handle(task).metrics == base
+    with Place(resident, subspace, None, "by hand") as place:
+        place.rebuild()
+        for part in place.parts:
+            value = part.read().numpy() + delta(subspace, part.name, part.size, held.values())
+            part.write(lambda out, value=value: out.copy_(torch.from_numpy(value)))
+        place._rebuilt.dirty(place.parts)
+        wanted = evaluate(resident, device._dataset(Kind.EVALUATE), config.Evaluation())
+    clean(resident)
+    plain = device.handle(_task(kind=Kind.EVALUATE)).metrics
+    assert base == pytest.approx(plain, rel=1e-6)
+    assert got == pytest.approx(wanted, rel=1e-5)
+    assert abs(got["loss_sum"] - base["loss_sum"]) > 1e-3
+    clean(resident)
+
+
+def test_rouge_is_measured_at_the_version_too(llama: Resident, make_device: MakeDevice) -> None:
+    """Generation, layer by layer, gives what a rebuilt model gives."""
+    device, held = make_device(clean(llama)), point(space())
+    knobs: dict[str, Any] = {"rouge": 1, "max_new_tokens": 3}
+    patch = _patch(llama, Payload(coefficients=held), 0, 1)
+    found = []
+    for layerwise in (None, False):
+        clean(llama).rebuilt.layerwise = layerwise
+        found.append(device.handle(task_for(space(), "", kind=Kind.EVALUATE, patch=patch, knobs=knobs)).metrics)
+    clean(llama)
+    assert found[0] == found[1]
+    assert "rouge_l_sum" in found[0]
+
+
+@pytest.mark.parametrize("tuner", ["zeroth_order", "subspace"])
+@pytest.mark.parametrize("scope", list(Scope))
+def test_an_answer_in_a_subspace_passes_the_server_and_repeats(
+    classifier: Resident, make_device: MakeDevice, scope: Scope, tuner: str
+) -> None:
+    resident, subspace = in_scope(classifier, scope)
+    device = make_device(resident)
+    patch = _patch(resident, Payload(coefficients=point(subspace)), 0, 3)
+    task = task_for(subspace, tuner, patch=patch, scalar_limit=0.5, knobs={"steps": 2})
+    first = device.handle(task)
+    check_update(first, task, resident.spec)
+    device.handle(task_for(subspace, tuner, seed=1))
+    again = device.handle(task)
+    assert first.payload.scalars is not None
+    assert again.payload.scalars is not None
+    np.testing.assert_array_equal(first.payload.scalars.values, again.payload.scalars.values)
+    assert first.metrics == again.metrics
+    clean(resident)
+
+
+@pytest.mark.parametrize("strategy", ["fedkseed", "sketch"])
+def test_rounds_of_a_strategy_reach_every_device(
+    llama: Resident, make_device: MakeDevice, examples: list[Example], tmp_path: Path, strategy: str
+) -> None:
+    """Three rounds of two devices; a third one that joins after them holds the same model, and the loss fell."""
+    clean(llama)
+    able = Sketch(scaling=Scaling(), k=256) if strategy == "sketch" else FedKSeed(scaling=Scaling(), k=256)
+    devices = {name: make_device(llama, name) for name in ("a", "b", "late")}
+    if strategy == "sketch":
+        devices["b"] = _forward_device(llama, tmp_path, examples, "b")
+    state = able.init(llama.spec, 1, [device.hello().report for device in devices.values()])
+    knobs: dict[str, float | int | str] = {"steps": 10, "lr": 3e-3, "zo_lr": 1e-3, "batch_size": 4}
+
+    def losses(names: list[str]) -> list[float]:
+        reports = [devices[name].hello().report for name in names]
+        tasks = [replace(task, run="run", knobs={}) for task in able.plan_evaluation(state, reports, 1)]
+        return [devices[task.device].handle(task).metrics["loss_sum"] for task in tasks]
+
+    before = losses(["a", "b"])
+    for round in (1, 2, 3):
+        reports = [devices[name].hello().report for name in ("a", "b")]
+        tasks = [
+            replace(task, run="run", seed=derive_seed(1, "task", round, task.device), knobs={**knobs, **task.knobs})
+            for task in able.plan(state, reports, round)
+        ]
+        assert [task.tuner for task in tasks] == (
+            ["subspace", "zeroth_order"] if strategy == "sketch" else ["zeroth_order"] * 2
+        )
+        state = able.aggregate(state, [devices[task.device].handle(task) for task in tasks])
+    after = losses(["a", "b", "late"])
+    assert after[0] == after[1] == after[2]  # they hold the same examples
+    assert after[0] < before[0]
+    subspace = tasks[0].subspace
+    assert subspace is not None
+    found = [_held_weights(device, llama, subspace, 3) for device in devices.values()]
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+    clean(llama)
+
+
+def test_a_log_s_window_does_not_matter(llama: Resident, make_device: MakeDevice) -> None:
+    """A device that missed more rounds than the log keeps is sent the whole; it starts at its base and ends there."""
+    subspace = space(k=16)
+    device, log = make_device(clean(llama)), first_log(llama.spec.base_hash, subspace)
+    generator = np.random.Generator(np.random.Philox(key=2))
+    log = log.push(generator.normal(size=16), bits=4)
+    device.handle(task_for(subspace, patch=log.since(0)))
+    for _ in range(70):
+        log = log.push(generator.normal(size=16) * 1e-3, bits=4)
+    patch = log.since(1)
+    assert patch is not None
+    assert patch.since == 0
+    device.handle(task_for(subspace, patch=patch))
+    other = make_device(llama, "other")
+    other.handle(task_for(subspace, device="other", patch=_whole(log)))
+    assert same(_held_weights(device, llama, subspace, 71), _held_weights(other, llama, subspace, 71))
+    clean(llama)
+
+
+def _whole(log: CoefficientLog) -> Patch:
+    return Patch(base_hash=log.base_hash, since=0, version=log.version, payload=Payload(coefficients=log.total))

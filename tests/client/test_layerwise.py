@@ -78,6 +78,7 @@ def test_the_weights_stay_where_they_are(kind: str, request: pytest.FixtureReque
     with resident.adapters.disabled():
         with layerwise.at(held):
             first = logits(resident)
+        scratch = len(layerwise._scratch)
         stop = deepest.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError), layerwise.at(held):
             logits(resident)
@@ -86,6 +87,7 @@ def test_the_weights_stay_where_they_are(kind: str, request: pytest.FixtureReque
         assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
         with layerwise.at(held):
             again = logits(resident)
+    assert len(layerwise._scratch) == scratch
     layerwise.close()
     assert torch.equal(first, again)
     assert same(before, weights(resident))
@@ -152,6 +154,19 @@ def test_the_scratch_memory_is_one_module_s(kind: str, request: pytest.FixtureRe
         if own and not isinstance(module, nn.Embedding):
             largest = max(largest, sum(-(-p.numel() * p.element_size() // 64) * 64 for p in own))
     assert len(layerwise._scratch) == largest
+
+
+def test_what_a_failed_task_left_is_no_evidence(llama: Resident) -> None:
+    """Weights that are no numbers go back to W0 before it is tried whether the model runs layer by layer."""
+    clean(llama)
+    with Place(llama, space(), None, "v") as place:
+        llama.rebuilt.write(place.parts, lambda part, out, base, rows: out.fill_(torch.nan))
+    with Place(llama, space(), None, "v") as place:
+        assert bool(logits(llama).isnan().all())
+        place.prepare(lambda: logits(llama))
+        assert llama.rebuilt.at_base
+    assert llama.rebuilt.layerwise
+    clean(llama)
 
 
 class _Nested(nn.Module):

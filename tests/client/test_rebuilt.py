@@ -230,6 +230,17 @@ def test_one_key_is_written_once(llama: Resident, keep: bool) -> None:
     assert same(weights(llama), weights(clean(llama)))
 
 
+def test_all_that_was_written_comes_back(llama: Resident) -> None:
+    rebuilt, parts, before = Rebuilt(), parts_of(clean(llama), Scope.ALL), weights(llama)
+    rebuilt.write(parts[:3], _zero)
+    rebuilt.rebuild(parts[5:], "some", _zero)
+    assert rebuilt.has_moved(parts[:3] + parts[5:])
+    assert not rebuilt.has_moved(parts[5:])
+    rebuilt.restore()
+    assert same(before, weights(llama))
+    assert not rebuilt.has_moved([])
+
+
 def _zero(part: Part, out: Tensor, base: Tensor, rows: Tensor | None) -> None:
     out.zero_()
 

@@ -36,7 +36,9 @@ from fedloom.client import zeroth_order as module
 from fedloom.client.data import Batch, Example
 from fedloom.client.model import Resident, load_model
 from fedloom.client.place import Place, version_fill
+from fedloom.client.subspace import subspace as subspace_tuner
 from fedloom.client.training import forward_logits, loss_sum
+from fedloom.client.tuners import ScalarTuner
 from fedloom.client.zeroth_order import zeroth_order
 from fedloom.protocols import config
 from fedloom.protocols.directions import FAMILIES, pool_keys, sign_vector
@@ -157,6 +159,16 @@ def test_fzoo_does_not_see_the_loss_s_scale(
 def test_fzoo_needs_two_directions(llama: Resident, examples: list[Example]) -> None:
     with pytest.raises(ValueError, match=r"train.directions must be at least 2 for fzoo, got 1"):
         _run(clean(llama), task_for(space(), knobs={"estimator": "fzoo"}), examples)
+
+
+@pytest.mark.parametrize("tuner", [zeroth_order, subspace_tuner])
+def test_an_unknown_exchange_is_refused(llama: Resident, examples: list[Example], tuner: ScalarTuner) -> None:
+    task = task_for(space(), knobs={"exchange": "gradients"})
+    with (
+        Place(clean(llama), space(), None, "v") as place,
+        pytest.raises(ValueError, match="exchange must be delta, gradient or path, got 'gradients'"),
+    ):
+        tuner(place, data_of(llama, examples), task)
 
 
 def test_a_learning_rate_of_its_own_goes_first(llama: Resident, examples: list[Example]) -> None:
