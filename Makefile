@@ -53,6 +53,11 @@ bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/codec.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/strategies.py --seeds 1 2 3
+	$(BIN)/fedloom bench rebuild --params 100000000
+	$(BIN)/fedloom bench rebuild --family rademacher
+	$(BIN)/fedloom bench step
+	$(BIN)/fedloom bench wire
+	$(BIN)/python benchmarks/seeds.py demo --seeds 0 1 2 --plot docs/seeds-demo
 
 proto: $(VENV)/installed  ## Regenerate protocols/fedloom_pb2.py
 	$(BIN)/python -m fedloom.protocols.generate

@@ -48,8 +48,8 @@ class Sketch(subspace.SubspaceOptions):
     precondition: Literal["all", "backprop"] = field(
         default="all",
         metadata={
-            "doc": "Whose gradients fedadam's second moment is taken of: `all` devices', or those of `backprop` devices "
-            "where a round has any, so that the noise of forward-only estimates does not shrink every step."
+            "doc": "Whose gradients fedadam's second moment is taken of: `all` devices', or those of `backprop` "
+            "devices where a round has any, so that noise of the others does not shrink steps (nor hold them back)."
         },
     )
     leave_out_forward: bool = field(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedloom.protocols.directions import check_k, sign_vector
 from fedloom.protocols.messages import (
