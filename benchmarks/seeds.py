@@ -50,7 +50,12 @@ def news_task(asked: argparse.Namespace) -> tuple[Settings, dict[str, Settings]]
     table |= {"server": {"rounds": 6, "cohort": 5}, "eval": {"every": 3}}
     table["fleet"] |= {"partition": "dirichlet", "alpha": 0.5}
     table["train"] = {"steps": 10, "batch_size": 8}
-    return table, _methods(zo_lr=1e-3, fzoo_lr=1e-2, sketch_lr=1e-3, lora_lr=1e-3, full_lr=1e-4, steps=10, rounds=6)
+    methods = _methods(zo_lr=1e-3, fzoo_lr=1e-2, sketch_lr=1e-3, lora_lr=1e-3, full_lr=1e-4, steps=10, rounds=6)
+    for label in (*FAMILIES, "sketch ZO", "sketch ZO, fp32 wire"):
+        methods[label]["train.steps"] = 10
+    methods["sketch FZOO"] |= {"train.directions": 4, "train.steps": 4}
+    methods["sketch mixed"] |= {"train.steps": 2, "strategy.server_lr": 1e-3}
+    return table, methods
 
 
 def halves_task(asked: argparse.Namespace) -> tuple[Settings, dict[str, Settings]]:
@@ -87,7 +92,7 @@ TASKS = {"demo": demo_task, "news": news_task, "halves": halves_task}
 def _methods(
     *, zo_lr: float, fzoo_lr: float, sketch_lr: float, lora_lr: float, full_lr: float, steps: int, rounds: int
 ) -> dict[str, Settings]:
-    """Forward-only methods make 4 forward passes where a first-order one makes a forward and a backward."""
+    """Forward-only methods make 4 forward passes where a first-order one makes a forward and a backward, FZOO's too."""
     forward: Settings = {"train.tuner": "zeroth_order", "train.steps": 2 * steps, "wire.up": "int8", "train.lr": zo_lr}
     fzoo = {"train.estimator": "fzoo", "train.directions": 7, "train.steps": steps // 2, "train.lr": fzoo_lr}
     first: Settings = {"strategy.name": "sketch", "wire.up": "int8", "train.lr": sketch_lr}
