@@ -79,6 +79,10 @@ class Device:
         reset_peak()
         began = time.perf_counter()
         held = self._store.take(task.patch, self._resident.spec, task.run)
+        if task.subspace is None and held.payload.coefficients is not None:
+            raise ValueError("a task on coefficients must name their subspace, got none")
+        if task.subspace is not None and (held.payload.factors or held.payload.dense):
+            raise ValueError("a task in a subspace must stand on coefficients alone, got factors or dense tensors")
         own = self._store.load_state(task.state_round, task.run) if task.start_from is Start.OWN else None
         if task.kind is Kind.EVALUATE:
             metrics, payload = self._evaluate(task, held, own), Payload()

@@ -83,6 +83,7 @@ def _at(payload: Payload, resident: Resident) -> Iterator[None]:
     key = ("export", object())
     c = payload.coefficients
     if c is None:
+        resident.rebuilt.restore()
         resident.base.apply(key, payload)
         try:
             yield

@@ -42,7 +42,7 @@ def subspace(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, Mappi
         raise ValueError(f"the subspace tuner must have a sketch, got directions of family {place.subspace.family!r}")
     knobs, exchange = read_knobs(task), read_exchange(task)
     if exchange == "path":
-        knobs = knobs.model_copy(update={"optimizer": "sgd"})
+        knobs = knobs.model_copy(update={"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0})
     generator = torch.Generator().manual_seed(derive_seed(task.seed, "train", task.round, task.device))
     stream = batches(dataset, knobs.batch_size, knobs.steps * knobs.accumulate, generator)
     c = nn.Parameter(torch.zeros(place.subspace.k, dtype=torch.float32, device=place.resident.device))

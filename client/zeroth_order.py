@@ -90,7 +90,7 @@ def listed(task: Task, k: int, count: int) -> tuple[NDArray[np.int64], NDArray[n
     """
     given = task.start.scalars
     if given is None:
-        seed = task.knobs.get("draw_seed") or derive_seed(task.seed, "directions")
+        seed = task.knobs.get("draw_seed", derive_seed(task.seed, "directions"))
         return draw_indices(int(seed), k, count), np.ones(count, np.float32)
     if given.indices is None or given.k != k or len(given.indices) < count:
         raise ValueError(f"a task must list {count} directions out of {k}, got {len(given.values)} out of {given.k}")
@@ -108,6 +108,8 @@ def zeroth_order(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, M
         ValueError: for a bad knob, or when a loss stops being finite.
     """
     knobs, exchange = read_knobs(task), read_exchange(task)
+    if knobs.estimator == "fzoo" and exchange == "path":
+        raise ValueError("exchange path must go with estimator spsa (fzoo's scalars are no gradients), got fzoo")
     generator = torch.Generator().manual_seed(derive_seed(task.seed, "train", task.round, task.device))
     stream = batches(dataset, knobs.batch_size, knobs.steps * knobs.accumulate, generator)
     count = knobs.steps * knobs.directions

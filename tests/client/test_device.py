@@ -24,7 +24,18 @@ from fedloom.client.store import DeviceStore, StaleVersion
 from fedloom.protocols import config
 from fedloom.protocols.directions import FAMILIES
 from fedloom.protocols.initial import initial_a
-from fedloom.protocols.messages import Kind, LowRank, Patch, Payload, Scope, Start, Subspace, Task, Update
+from fedloom.protocols.messages import (
+    Coefficients,
+    Kind,
+    LowRank,
+    Patch,
+    Payload,
+    Scope,
+    Start,
+    Subspace,
+    Task,
+    Update,
+)
 from fedloom.protocols.seeds import derive_seed
 from fedloom.server.intake import check_update
 from fedloom.strategies.base import Scaling
@@ -508,3 +519,19 @@ def test_a_log_s_window_does_not_matter(llama: Resident, make_device: MakeDevice
 
 def _whole(log: CoefficientLog) -> Patch:
     return Patch(base_hash=log.base_hash, since=0, version=log.version, payload=Payload(coefficients=log.total))
+
+
+def test_a_task_and_its_patch_must_be_of_one_kind(
+    llama: Resident, make_device: MakeDevice, payload_for: PayloadFor
+) -> None:
+    plane = Subspace(family="sketch", k=8, seed=1)
+    c = Coefficients(subspace=plane, exponent=-10, steps=np.ones(8, np.int64))
+    base = {"base_hash": llama.spec.base_hash, "since": 0, "version": 1}
+    task = Task(device="a", round=1, rank=2, alpha=4.0, start_from=Start.FRESH, run="r")
+    for payload, subspace, why in (
+        (Payload(coefficients=c), None, "must name their subspace, got none"),
+        (payload_for(llama.spec, 1), plane, "must stand on coefficients alone, got factors"),
+    ):
+        bad = replace(task, patch=Patch(**base, payload=payload), subspace=subspace, tuner="subspace")
+        with pytest.raises(ValueError, match=why):
+            make_device(llama).handle(bad)
