@@ -18,7 +18,7 @@ from fedloom.protocols import kernels_llvm as step
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Numba's cache on disk watches this file alone, so this has to change with kernels_llvm.py: a test says to what.
-LLVM_SOURCE: Final = "5822d4ab"
+LLVM_SOURCE: Final = "3ced835f"
 
 BLOCKS: Final = step.LANES  # of signs, which a step draws at once
 WIDE: Final = step.WIDE

@@ -23,6 +23,7 @@ from fedloom.protocols.directions import pool_keys
 from fedloom.protocols.kernels import add_directions, add_sketch
 
 REFERENCE_SEEDS = 3
+SETTLE = 0.05  # seconds: torch's threads spin for a while after an operation, on the cores that others then lack
 FLOORS = 5  # passes of the floor for each rebuild: it is short, so noise weighs on it
 
 
@@ -77,6 +78,7 @@ def _interleaved(measured: Callable[[], object], floor: Callable[[], object], re
     taken: list[float] = []
     floors: list[float] = []
     for repeat in range(repeats + 1):
+        time.sleep(SETTLE)
         ours, theirs = _seconds(measured), [_seconds(floor) for _ in range(FLOORS)]
         if repeat:
             taken.append(ours)

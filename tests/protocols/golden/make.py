@@ -1,7 +1,7 @@
 """Write the golden values of directions: python tests/protocols/golden/make.py
 
 They are exact on every machine, and may change only with DIRECTIONS_VERSION. Of an array there are its first values and
-the first 16 hexadecimal digits of the SHA-256 of its little-endian bytes.
+16 hexadecimal digits of the SHA-256 of its little-endian bytes.
 """
 
 from __future__ import annotations
