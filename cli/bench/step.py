@@ -3,13 +3,15 @@
     zeroth order    two forward passes; MeZO's step (perturb in place by a reseeded torch generator, restore by adding)
     first order     forward and backward of all weights; AdamW's step
 
-All sides run on the same model and batch in this process, interleaved, medians; peak memory is measured in a process of
-its own for each side, above what the process held before the model was loaded.
+All sides run on the same model and batch in this process, interleaved, medians. Peak memory is measured in a process of
+its own for each side, above what the process held before the model was loaded; large buffers are given back to the
+system at once there (glibc's MALLOC_MMAP_THRESHOLD_), so that it is memory in use and not the allocator's reserve.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from fedloom.protocols.messages import Start, Subspace, Task
 from fedloom.simulations.fleet import EMBEDDED_MODEL
 
 SIDES = ("inference", "zeroth_order", "mezo", "backward", "subspace", "adamw")
+MALLOC = "MALLOC_MMAP_THRESHOLD_"
 LOCAL_STEPS = 4  # of one timed call of a tuner: its set-up is spread over them, as in a round
 
 
@@ -200,9 +203,16 @@ def _peaks(path: str, family: str, k: int, batch: int, length: int, threads: int
     """Peak bytes above the process before it loads the model, of each side in a process of its own."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, int] = {}
-    for side in SIDES if family == "sketch" else SIDES[:3]:
-        with context.Pool(1) as pool:
-            found[side] = pool.apply(_peak, (path, family, k, batch, length, threads, side))
+    earlier = os.environ.get(MALLOC)
+    os.environ[MALLOC] = str(1 << 17)
+    try:
+        for side in SIDES if family == "sketch" else SIDES[:3]:
+            with context.Pool(1) as pool:
+                found[side] = pool.apply(_peak, (path, family, k, batch, length, threads, side))
+    finally:
+        os.environ.pop(MALLOC)
+        if earlier is not None:
+            os.environ[MALLOC] = earlier
     return found
 
 
