@@ -51,7 +51,7 @@ def news_task(asked: argparse.Namespace) -> tuple[Settings, dict[str, Settings]]
     table["fleet"] |= {"partition": "dirichlet", "alpha": 0.5}
     table["train"] = {"steps": 10, "batch_size": 8}
     methods = _methods(zo_lr=1e-3, fzoo_lr=1e-2, sketch_lr=1e-3, lora_lr=1e-3, full_lr=1e-4, steps=10, rounds=6)
-    for label in (*FAMILIES, "sketch ZO", "sketch ZO, fp32 wire"):
+    for label in (*FAMILIES, *(name for name in methods if name.startswith("sketch ZO"))):
         methods[label]["train.steps"] = 10
     methods["sketch FZOO"] |= {"train.directions": 4, "train.steps": 4}
     methods["sketch mixed"] |= {"train.steps": 2, "strategy.server_lr": 1e-3}
@@ -99,6 +99,7 @@ def _methods(
     return {
         **{label: {**forward, "strategy.name": "fedkseed", "strategy.family": f} for label, f in FAMILIES.items()},
         "sketch ZO": {**forward, "strategy.name": "sketch"},
+        "sketch ZO, 0 bits down": {**forward, "strategy.name": "sketch", "strategy.downlink_bits": 0},
         "sketch ZO, fp32 wire": {**forward, "strategy.name": "sketch", "wire.up": "fp32", "strategy.downlink_bits": 30},
         "sketch FZOO": {**forward, "strategy.name": "sketch", **fzoo},
         "sketch mixed": {  # a gradient a round, so more and shorter rounds for the same number of steps

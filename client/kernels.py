@@ -1,5 +1,5 @@
-"""Directions on torch tensors: the CPU's kernels or CUDA's, whichever holds the tensor; the same bits from both, but for
-the order in which `fold_sketch` sums.
+"""Directions on torch tensors: the CPU's kernels or CUDA's, whichever holds the tensor; the same bits from both, except
+that `fold_sketch` sums in another order.
 
 Every function writes `out[i] = round(float32(base[i]) + ...)`, summed in float32 and rounded once to out's dtype.
 Tensors are flat and contiguous; bfloat16 goes through its bits, which NumPy has no name for.
