@@ -4,8 +4,8 @@
     0       4      magic, "FDLM"
     4       2      protocol version
     6       1      message kind
-    7       1      how the body travels: 0 as it is, 1 deflated
-    8       4      bytes of the body (the protobuf message) as it travels
+    7       1      zero
+    8       4      bytes of the body (the protobuf message)
     12      4      CRC-32 of the 12 bytes before it and the body
     16      ...    tensor data; the body holds its size and CRC-32, one for each payload
     the end n      the body
@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from fedloom.protocols.deflate import INFLATED_LIMIT, deflate, inflate
 from fedloom.protocols.messages import PROTOCOL_VERSION
 
 Buffer = bytes | memoryview
@@ -34,8 +33,6 @@ BODY_LIMIT: Final = 8 << 20  # a hostile body of empty messages costs a parser s
 
 _HEADER: Final = struct.Struct("<4sHBBII")
 _CHECKED: Final = 12  # bytes of the header that its checksum covers
-_PLAIN: Final = 0
-_DEFLATED: Final = 1
 
 
 def padding(length: int) -> bytes:
@@ -52,17 +49,14 @@ def checksum(chunks: Iterable[Buffer]) -> int:
 
 
 def pack(kind: int, body: bytes, data: Sequence[Buffer]) -> bytes:
-    """One frame; a small body travels deflated where that is shorter.
+    """One frame. Its size depends on no measured number and no library's version, so that byte counts repeat.
 
     Raises:
         ValueError: for a body larger than BODY_LIMIT.
     """
     if len(body) > BODY_LIMIT:
         raise ValueError(f"a message without its tensor data must be <= {BODY_LIMIT} bytes, got {len(body)}")
-    way = _PLAIN
-    if len(body) <= INFLATED_LIMIT and len(short := deflate(body)) < len(body):
-        way, body = _DEFLATED, short
-    header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, way, len(body), 0)[:_CHECKED]
+    header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, 0, len(body), 0)[:_CHECKED]
     return b"".join([header, struct.pack("<I", checksum([header, body])), *data, body])
 
 
@@ -80,7 +74,7 @@ def unpack(frame: bytes, kind: int, kind_names: Sequence[str], *, limit: int) ->
     """
     if len(frame) < _HEADER.size:
         raise ValueError(f"a frame must have at least {_HEADER.size} bytes, got {len(frame)}")
-    magic, version, got_kind, way, body_bytes, crc = _HEADER.unpack_from(frame)
+    magic, version, got_kind, zero, body_bytes, crc = _HEADER.unpack_from(frame)
     if magic != MAGIC:
         raise ValueError(f"a frame must begin with {MAGIC!r}, got {magic!r}")
     if version != PROTOCOL_VERSION:
@@ -98,6 +92,6 @@ def unpack(frame: bytes, kind: int, kind_names: Sequence[str], *, limit: int) ->
     view = memoryview(frame)
     if (got_crc := checksum([view[:_CHECKED], view[start:]])) != crc:
         raise ValueError(f"frame is damaged or cut: checksum of its body must be {crc:#010x}, got {got_crc:#010x}")
-    if way not in (_PLAIN, _DEFLATED):
-        raise ValueError(f"a body must travel plain (0) or deflated (1), got {way}")
-    return inflate(view[start:]) if way == _DEFLATED else bytes(view[start:]), view[_HEADER.size : start]
+    if zero:
+        raise ValueError(f"byte 7 of a frame must be zero, got {zero}")
+    return bytes(view[start:]), view[_HEADER.size : start]
