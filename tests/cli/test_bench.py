@@ -9,27 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from fedloom.cli.main import main
 from fedloom.simulations.fleet import EMBEDDED_MODEL
 
 Fedloom = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fedloom(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedloom:
-    """Runs a command line; returns its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["fedloom", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.mark.parametrize("family", ["sketch", "rademacher", "gaussian"])
