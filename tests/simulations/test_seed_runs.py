@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.protocols.config import RunConfig, build_config, override
+from fedloom.protocols.config import RunConfig, build_config, contenders, override
 from fedloom.protocols.messages import Kind, Task, Update
 from fedloom.server.checkpoint import latest_checkpoint
 from fedloom.simulations import runs
@@ -136,7 +136,8 @@ def test_there_is_a_recipe_for_each_strategy(recipe: str) -> None:
 
     found = read_recipe(RECIPES / f"{recipe}.toml")
     assert found.about
-    runs._preflight(found)
+    for _, each in contenders(found):
+        runs._preflight(each)
 
 
 @pytest.mark.parametrize(
