@@ -33,8 +33,7 @@ class FedKSeed(subspace.SubspaceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.family not in ("gaussian", "rademacher"):
-            raise ValueError(f"family must be gaussian or rademacher, got {self.family!r}")
+        subspace.check_pool(self.family)
 
     def init(self, spec: ModelSpec, seed: int, devices: Sequence[DeviceReport] = ()) -> State:
         """The base, and a pool from the seed."""

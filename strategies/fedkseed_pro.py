@@ -47,8 +47,7 @@ class FedKSeedPro(subspace.SubspaceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.family not in ("gaussian", "rademacher"):
-            raise ValueError(f"family must be gaussian or rademacher, got {self.family!r}")
+        subspace.check_pool(self.family)
         if not 1 <= self.draws <= 2**20:
             raise ValueError(f"draws must be in 1..{2**20}, got {self.draws}")
 

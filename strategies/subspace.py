@@ -70,6 +70,12 @@ class SubspaceOptions(MergeOptions):
             raise ValueError(f"scalar_limit must be finite and >= 0, got {self.scalar_limit}")
 
 
+def check_pool(family: str) -> None:
+    """Raise ValueError unless a pool can be of this family."""
+    if family not in ("gaussian", "rademacher"):
+        raise ValueError(f"family must be gaussian or rademacher, got {family!r}")
+
+
 def first_state(
     options: SubspaceOptions, spec: ModelSpec, seed: int, devices: Sequence[DeviceReport], family: str
 ) -> State:

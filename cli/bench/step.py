@@ -152,7 +152,7 @@ class Bench:
     def gradient_bytes(self) -> int:
         """What a first-order step in the sketch holds beside weights and activations, at most, as measured: the
         gradients alive at once, and c, its gradient and two moments."""
-        live, most = 0, 0
+        most = 0
 
         def born(weight: Tensor) -> None:
             nonlocal most
@@ -169,7 +169,7 @@ class Bench:
                 hook.remove()
         for weight in self.weights:
             weight.requires_grad_(False)
-        return live + most + 4 * 4 * self.space.k
+        return most + 4 * 4 * self.space.k
 
     def _loss(self) -> Tensor:
         return loss_sum(forward_logits(self.resident, self.batch), self.batch.labels) / self.batch.tokens
