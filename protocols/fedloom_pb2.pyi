@@ -131,18 +131,20 @@ class Subspace(_message.Message):
     def __init__(self, family: _Optional[_Union[Family, str]] = ..., k: _Optional[int] = ..., seed: _Optional[int] = ..., scope: _Optional[_Union[Scope, str]] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., rslora: _Optional[bool] = ..., mask: _Optional[bytes] = ..., directions: _Optional[int] = ...) -> None: ...
 
 class Scalars(_message.Message):
-    __slots__ = ("over", "k", "dtype", "count", "seed")
+    __slots__ = ("over", "k", "dtype", "count", "seed", "equal")
     OVER_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    EQUAL_FIELD_NUMBER: _ClassVar[int]
     over: Over
     k: int
     dtype: Dtype
     count: int
     seed: int
-    def __init__(self, over: _Optional[_Union[Over, str]] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    equal: bool
+    def __init__(self, over: _Optional[_Union[Over, str]] = ..., k: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., count: _Optional[int] = ..., seed: _Optional[int] = ..., equal: _Optional[bool] = ...) -> None: ...
 
 class Coefficients(_message.Message):
     __slots__ = ("subspace", "exponent", "data_bytes")

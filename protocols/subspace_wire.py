@@ -62,15 +62,21 @@ def read_subspace(record: pb.Subspace, where: str) -> Subspace:
 def write_scalars(scalars: Scalars, wire: str, seed: int) -> tuple[pb.Scalars, list[Buffer]]:
     """The record of scalars and their bytes: the values as `wire`, then the packed indices.
 
+    Equal values over a pool, such as the weights of listed directions, travel as one.
+
     Raises:
         ValueError: for values that `wire` cannot hold.
     """
-    stored = store(scalars.values, wire, axis=None, label=_LABEL, seed=seed)
+    values, count = scalars.values, len(scalars.values)
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    equal = scalars.indices is not None and min(count, scalars.k) > 1 and bool((bits == bits[0]).all())
+    stored = store(values[:1] if equal else values, wire, axis=None, label=_LABEL, seed=seed)
     data: list[Buffer] = [part.reshape(-1).view(np.uint8).data for part in stored]
     if scalars.indices is not None:
         data.append(pack_bits(scalars.indices, index_bits(scalars.k)))
-    count = len(scalars.values)
-    record = pb.Scalars(over=OVERS[scalars.over], k=scalars.k, dtype=DTYPES[wire], count=count, seed=scalars.seed)
+    record = pb.Scalars(
+        over=OVERS[scalars.over], k=scalars.k, dtype=DTYPES[wire], count=count, seed=scalars.seed, equal=equal
+    )
     return record, data
 
 
@@ -83,7 +89,12 @@ def scalars_bytes(record: pb.Scalars, where: str) -> int:
     over = member(OVERS, record.over, f"{where}.over")
     wire = member(DTYPES, record.dtype, f"dtype of {where}")
     validate.scalar_sizes(where, over, record.k, record.count)
-    values = stored_bytes(wire, (record.count,), None)
+    if record.equal and (over != Over.POOL or min(record.count, record.k) < 2):
+        raise ValueError(
+            f"equal values of {where} must be 2 or more over a pool of 2 or more, "
+            f"got {record.count} over {over} of {record.k}"
+        )
+    values = stored_bytes(wire, (_values_sent(record),), None)
     return values + (packed_bytes(record.count, index_bits(record.k)) if over == Over.POOL else 0)
 
 
@@ -94,12 +105,19 @@ def read_scalars(record: pb.Scalars, data: memoryview, where: str) -> Scalars:
         ValueError: for a value that is not finite, an index beyond k, or bits that mean nothing.
     """
     over, wire = member(OVERS, record.over, where), member(DTYPES, record.dtype, where)
-    split = stored_bytes(wire, (record.count,), None)
-    values = load(data[:split], wire, (record.count,), axis=None, label=where)
+    sent = _values_sent(record)
+    split = stored_bytes(wire, (sent,), None)
+    values = load(data[:split], wire, (sent,), axis=None, label=where)
+    if record.equal:
+        values = np.repeat(values, record.count)
     indices = unpack_bits(data[split:], record.count, index_bits(record.k)) if over == Over.POOL else None
     if indices is not None and int(indices.max()) >= record.k:
         raise ValueError(f"indices of {where} must be in 0..{record.k - 1}, got {indices.max()}")
     return Scalars(over=over, k=record.k, values=values, indices=indices, seed=record.seed)
+
+
+def _values_sent(record: pb.Scalars) -> int:
+    return 1 if record.equal else int(record.count)
 
 
 def write_coefficients(coefficients: Coefficients) -> tuple[pb.Coefficients, Buffer]:

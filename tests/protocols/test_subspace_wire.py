@@ -133,6 +133,17 @@ def test_scalars_take_exactly_their_bits(wire: str, values: int) -> None:
     assert data_bytes(update(replace(one, over=Over.STEPS, indices=None)), 2, wire) == values
 
 
+def test_equal_values_over_a_pool_travel_as_one() -> None:
+    indices = np.arange(200) % 7
+    one = Scalars(over=Over.POOL, k=4096, values=np.full(200, 0.3, np.float32), indices=indices)
+    assert data_bytes(update(one), 2, "fp32") == 4 + 300
+    np.testing.assert_array_equal(sent(one).values, one.values)
+    np.testing.assert_array_equal(sent(one).drawn(), indices)
+    signed = replace(one, values=np.where(indices == 3, np.float32(-0.0), np.float32(0.0)))
+    assert data_bytes(update(signed), 2, "fp32") == 800 + 300
+    np.testing.assert_array_equal(np.signbit(sent(signed).values), indices == 3)
+
+
 def test_a_round_takes_less_than_two_kilobytes() -> None:
     """K = 4096, 200 local steps: what a device is sent and what it answers, together, names and all."""
     rng = np.random.default_rng(0)
@@ -273,6 +284,14 @@ def nothing(record: Any) -> None:
     pass
 
 
+def forge(**fields: Any) -> Callable[[Any], Any]:
+    def change(record: Any) -> None:
+        for name, value in fields.items():
+            setattr(record, name, value)
+
+    return change
+
+
 SCALARS: list[tuple[Callable[[Any], Any], Callable[[bytes], bytes], str]] = [
     (lambda r: setattr(r, "over", 0), bytes, "scalars.over must be one of pool, steps, basis, got number 0"),
     (lambda r: setattr(r, "over", 2), bytes, "shapes of update.payload need 12 bytes, its tensor data has 14"),
@@ -282,6 +301,18 @@ SCALARS: list[tuple[Callable[[Any], Any], Callable[[bytes], bytes], str]] = [
     (lambda r: setattr(r, "k", 0), bytes, "scalars.k must be an integer in 1..1048576, got 0"),
     (lambda r: setattr(r, "k", 4), bytes, "shapes of update.payload need 13 bytes, its tensor data has 14"),
     (lambda r: setattr(r, "count", 2**63), bytes, "scalars must have 1..4194304 values over pool, got 92233720368"),
+    (lambda r: setattr(r, "equal", True), bytes, "shapes of update.payload need 6 bytes, its tensor data has 14"),
+    (forge(equal=True, count=1), bytes, "equal values of .* must be 2 or more over a pool of 2 or more, got 1 over"),
+    (
+        forge(equal=True, k=1),
+        bytes,
+        "equal values of .* must be 2 or more over a pool of 2 or more, got 3 over pool of 1",
+    ),
+    (
+        forge(equal=True, over=2),
+        bytes,
+        "equal values of .* must be 2 or more over a pool of 2 or more, got 3 over steps",
+    ),
     (lambda r: setattr(r, "count", 0), bytes, "scalars must have 1..4194304 values over pool, got 0"),
     (lambda r: setattr(r, "count", 4), bytes, "shapes of update.payload need 18 bytes, its tensor data has 14"),
     (nothing, lambda d: d[:-1], "shapes of update.payload need 14 bytes, its tensor data has 13"),
