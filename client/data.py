@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom.client.model import Resident
-from fedloom.protocols.config import nearest
+from fedloom.protocols.sections import nearest
 
 IGNORED = -100  # the label of a token that no loss is taken of
 

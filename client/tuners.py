@@ -15,8 +15,8 @@ from fedloom.client.place import Place
 from fedloom.client.subspace import subspace
 from fedloom.client.training import tune
 from fedloom.client.zeroth_order import zeroth_order
-from fedloom.protocols.config import nearest
 from fedloom.protocols.messages import Scalars, Task
+from fedloom.protocols.sections import nearest
 
 GROUP: Final = "fedloom.tuners"
 SCALAR_GROUP: Final = "fedloom.scalar_tuners"

@@ -5,21 +5,16 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedloom.protocols.sections import Section, build_section, read_toml
 
 Wire = Literal["fp32", "fp16", "bf16", "int8"]
-
-
-class Section(BaseModel):
-    """A frozen table of a recipe that takes no key it does not name."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -230,53 +225,13 @@ class RunConfig(Section):
     """Run the recipe once for each of these, on the same devices, and report them side by side."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the closest known word, or lists them all when none is close."""
-    options = sorted(known)
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
-
-
-def _known_keys(table: Mapping[str, Any], where: tuple[str, ...], schema: type[BaseModel]) -> None:
-    """Raise on the first key that `schema` does not name, with the nearest that it does."""
-    for key, value in table.items():
-        known = schema.model_fields
-        if key not in known:
-            if schema.model_config.get("extra") == "allow":
-                continue
-            section = f" in [{'.'.join(where)}]" if where else ""
-            raise ValueError(f"unknown recipe key {key!r}{section}: {nearest(key, known)}")
-        inner = known[key].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(value, Mapping):
-            _known_keys(value, (*where, key), inner)
-        elif key == "compare" and isinstance(value, list | tuple):
-            for line in value:
-                _known_keys(line if isinstance(line, Mapping) else {}, (*where, key), Contender)
-
-
 def build_config(table: Mapping[str, Any]) -> RunConfig:
     """Validate a parsed recipe.
 
     Raises:
         ValueError: one line that names the key, what it must be and what was got.
     """
-    _known_keys(table, (), RunConfig)
-    try:
-        return RunConfig.model_validate(dict(table))
-    except ValidationError as error:
-        raise ValueError(_in_one_line(error)) from None
-
-
-def _in_one_line(error: ValidationError) -> str:
-    """The first key that is wrong, all that it may be, and what was got."""
-
-    def key(loc: tuple[int | str, ...]) -> str:
-        return ".".join(str(part) for part in loc if isinstance(part, int) or part.isidentifier())
-
-    first = error.errors()[0]
-    where = key(first["loc"])
-    may_be = [e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
-    return f"recipe key {where!r}: {', or '.join(dict.fromkeys(may_be))}, got {first['input']!r}"
+    return build_section(RunConfig, table, "recipe")
 
 
 def _literal(text: str) -> Any:
@@ -336,13 +291,7 @@ def read_recipe(path: Path, settings: Iterable[str] = ()) -> RunConfig:
     Raises:
         ValueError: for a missing file, malformed TOML, an unknown key or a bad value.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not TOML: {error}") from None
-    return build_config(override(table, parse_settings(settings)))
+    return build_config(override(read_toml(path, "recipe"), parse_settings(settings)))
 
 
 def contenders(config: RunConfig) -> list[tuple[str, RunConfig]]:

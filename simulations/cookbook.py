@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedloom.protocols.config import nearest, read_recipe
+from fedloom.protocols.config import read_recipe
+from fedloom.protocols.sections import nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 

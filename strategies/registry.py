@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedloom.protocols.config import nearest
+from fedloom.protocols.sections import nearest
 from fedloom.strategies.base import Scaling, Strategy
 from fedloom.strategies.decomfl import DeComFL
 from fedloom.strategies.fedit import FedIT

@@ -12,11 +12,11 @@ from fedloom.protocols.config import (
     RunConfig,
     build_config,
     contenders,
-    nearest,
     override,
     parse_settings,
     read_recipe,
 )
+from fedloom.protocols.sections import nearest
 
 RECIPE = """
 name = "two"
