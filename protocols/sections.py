@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -73,7 +73,7 @@ def _known_keys(table: Mapping[str, Any], where: tuple[str, ...], schema: type[B
                 _known_keys(line if isinstance(line, Mapping) else {}, (*where, key), each, what)
 
 
-def _is_table(annotation: Any) -> bool:
+def _is_table(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
