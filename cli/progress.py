@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fedloom.protocols.config import RunConfig
+from fedloom.server.watch import Silent
 from fedloom.simulations.runs import main_metric
 
 
@@ -46,7 +47,7 @@ class Board:
         return Line(self._progress, self._console, label, main_metric(config))
 
 
-class Line:
+class Line(Silent):
     """One run's line: its bar counts the tasks answered in the current phase of the current round."""
 
     def __init__(self, progress: Progress, console: Console, label: str, metric: str) -> None:
@@ -54,12 +55,12 @@ class Line:
         self._newest = ""
         self._task = progress.add_task(label, total=None, status="starting devices")
 
-    def began(self, *, round: int, rounds: int, phase: str, tasks: int) -> None:
+    def began(self, *, round: int, rounds: int, phase: str, devices: Sequence[str]) -> None:
         status = f"round {round}/{rounds} {phase}{self._newest}"
-        self._progress.reset(self._task, start=False, total=tasks, completed=0, status=status)
+        self._progress.reset(self._task, start=False, total=len(devices), completed=0, status=status)
         self._progress.start_task(self._task)
 
-    def answered(self, *, device: str, refused: str) -> None:
+    def answered(self, *, round: int, phase: str, device: str, size: int, seconds: float, refused: str) -> None:
         self._progress.advance(self._task)
 
     def ended(self, *, record: Mapping[str, Any]) -> None:

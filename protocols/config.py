@@ -137,8 +137,18 @@ class Server(Section):
     """Devices drawn for each round; 0 takes all."""
     min_updates: int = Field(default=1, ge=1)
     """A round with fewer good updates than this is an error: it keeps the state and stops the run."""
+    over_select: float = Field(default=1.0, ge=1, le=10)
+    """Ask this many times the cohort; its first `cohort` good updates make the round, later ones are not waited for."""
     timeout: float = Field(default=3600.0, gt=0)
-    """Seconds to wait for a round's answers."""
+    """Seconds to wait for a device's answer; the round goes on with those that came."""
+    retries: int = Field(default=0, ge=0)
+    """How often a round with too few good updates is tried again before the run stops."""
+    retry_seconds: float = Field(default=10.0, ge=0)
+    """Seconds before a round is tried again."""
+    quarantine_after: int = Field(default=0, ge=0)
+    """Rounds in a row without a good answer after which a device sits out; 0: never."""
+    quarantine_rounds: int = Field(default=5, ge=1)
+    """How many rounds it sits out."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the latest checkpoints stay on disk."""
 

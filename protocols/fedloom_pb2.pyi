@@ -209,7 +209,7 @@ class Metric(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs", "subspace", "scalar_limit", "run_hex")
+    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs", "subspace", "scalar_limit", "run_hex", "strategy")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +232,7 @@ class Task(_message.Message):
     SUBSPACE_FIELD_NUMBER: _ClassVar[int]
     SCALAR_LIMIT_FIELD_NUMBER: _ClassVar[int]
     RUN_HEX_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
     device: str
     round: int
     rank: int
@@ -254,7 +255,8 @@ class Task(_message.Message):
     subspace: Subspace
     scalar_limit: float
     run_hex: bytes
-    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ..., run_hex: _Optional[bytes] = ...) -> None: ...
+    strategy: str
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ..., run_hex: _Optional[bytes] = ..., strategy: _Optional[str] = ...) -> None: ...
 
 class Cost(_message.Message):
     __slots__ = ("seconds", "peak_rss_bytes")

@@ -232,6 +232,7 @@ class Task:
     alpha: float
     start_from: Start
     kind: Kind = Kind.TRAIN
+    strategy: str = ""  # the recipe's, for devices that accept only some
     tuner: str = "lora"
     subspace: Subspace | None = None  # set: coefficients of it are trained, and `rank`, `alpha` are not used
     scalar_limit: float = 0.0  # the largest |scalar| that the answer may carry; 0: any finite one

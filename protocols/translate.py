@@ -62,6 +62,7 @@ def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
             knobs=[_knob(name, value) for name, value in task.knobs.items()],
             subspace=None if task.subspace is None else write_subspace(task.subspace),
             scalar_limit=task.scalar_limit,
+            strategy=task.strategy,
         ),
         start.data,
     )
@@ -112,6 +113,7 @@ def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
         knobs=_table("task.knobs", record.knobs, _knob_value),
         subspace=read_subspace(record.subspace, "task.subspace") if record.HasField("subspace") else None,
         scalar_limit=record.scalar_limit,
+        strategy=record.strategy,
     )
     return task, data
 

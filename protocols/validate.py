@@ -206,7 +206,12 @@ def _patch(patch: Patch) -> None:
 
 def check_task(task: Task) -> None:
     """Raise ValueError on the first field of a task that breaks its bounds."""
-    for where, value in (("device", task.device), ("tuner", task.tuner), ("run", task.run)):
+    for where, value in (
+        ("device", task.device),
+        ("strategy", task.strategy),
+        ("tuner", task.tuner),
+        ("run", task.run),
+    ):
         text(f"task.{where}", value)
     one_of("task.kind", task.kind, Kind)
     one_of("task.start_from", task.start_from, Start)

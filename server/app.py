@@ -12,7 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedloom.protocols.config import RunConfig
 from fedloom.server.courier import Courier
-from fedloom.server.loop import Coordinator, Outcome, Watcher
+from fedloom.server.loop import Coordinator, Outcome
+from fedloom.server.watch import Watcher
 from fedloom.strategies.base import Scaling, Strategy
 from fedloom.strategies.registry import build
 
@@ -27,6 +28,9 @@ class Plan:
     out: Path
     run: str
     resume: bool = False
+    durable: bool = False  # keep the running round's accepted answers on disk
+    window: int = 32  # messages under way at once
+    pause: float = 0.05  # seconds between polls
 
 
 def build_strategy(config: RunConfig) -> Strategy:
@@ -45,9 +49,10 @@ def coordinate(grid: Grid, plan: Plan, watcher: Watcher | None = None) -> Outcom
     Raises:
         ValueError: for an unknown strategy or option, or whatever the round loop refuses.
     """
-    courier = Courier(grid, timeout=plan.config.server.timeout)
+    courier = Courier(grid, timeout=plan.config.server.timeout, window=plan.window, pause=plan.pause)
     strategy = build_strategy(plan.config)
-    return Coordinator(courier, plan.config, strategy, plan.out, run=plan.run).go(resume=plan.resume, watcher=watcher)
+    run = Coordinator(courier, plan.config, strategy, plan.out, run=plan.run, durable=plan.durable)
+    return run.go(resume=plan.resume, watcher=watcher)
 
 
 def server_app(prepare: Callable[[Context], Plan]) -> ServerApp:

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from fedloom.protocols.messages import ModelSpec
+from fedloom.server.disk import flush_folder, write_flushed
 from fedloom.strategies.base import State
 from fedloom.strategies.packing import spec_from_meta, spec_to_meta
 
@@ -57,12 +58,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> 
     draft = folder / f".draft-{checkpoint.round:06d}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    _flush(draft / "state.safetensors", tensors)
-    _flush(draft / "run.json", json.dumps(about, indent=1, sort_keys=True).encode())
+    write_flushed(draft / "state.safetensors", tensors)
+    write_flushed(draft / "run.json", json.dumps(about, indent=1, sort_keys=True).encode())
     if final.exists():
         shutil.rmtree(final)
     os.replace(draft, final)
-    _flush_folder(folder)
+    flush_folder(folder)
     for old in _folders(folder)[keep:]:
         shutil.rmtree(old)
     return final
@@ -114,18 +115,3 @@ def _folders(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     found = [path for path in folder.glob("round-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def _flush(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -33,47 +33,58 @@ class Reply:
 
 
 class Courier:
-    """Sends parcels in waves and yields each reply once, so that memory stays flat in the number of devices.
-
-    Within a wave, replies come in the order of the parcels, whichever device was faster: sums of floats depend on their
-    order, and a run shall give the same bytes on every engine.
+    """Sends parcels a window at a time and yields each reply once, as it arrives: memory stays flat in their number.
 
     Args:
         grid: any of Flower's grids, or the in-process one.
-        timeout: seconds to wait for a wave; devices that have not answered by then are reported as errors.
-        wave: parcels under way at once (Flower hands replies over in lists, so a wave bounds the memory they take).
+        timeout: seconds to wait for an answer; a device that has not answered by then is reported as an error.
+        window: parcels under way at once. A grid in this process holds them in memory; a SuperLink keeps them on disk.
         pause: seconds between polls of a grid that had nothing to give.
+        batch: parcels handed over, or answers asked for, in one call: Flower holds those of one call in memory.
     """
 
-    def __init__(self, grid: Grid, *, timeout: float, wave: int = 32, pause: float = 0.05) -> None:
-        self._grid, self._timeout, self._wave, self._pause = grid, timeout, wave, pause
+    def __init__(self, grid: Grid, *, timeout: float, window: int = 32, pause: float = 0.05, batch: int = 8) -> None:
+        self._grid, self._timeout, self._window, self._pause, self._batch = grid, timeout, window, pause, batch
 
     def nodes(self) -> list[int]:
         return sorted(self._grid.get_node_ids())
 
-    def exchange(self, parcels: Iterable[Parcel], group: str) -> Iterator[Reply]:
-        """Send parcels, made as their wave goes out, and yield each one's reply."""
+    def exchange(self, parcels: Iterable[Parcel], group: str) -> Generator[Reply, None, None]:
+        """Send parcels, made as their turn comes, and yield each one's reply in the order of arrival."""
         coming = iter(parcels)
-        while wave := list(islice(coming, self._wave)):
-            yield from self._exchange_wave(wave, group)
+        waiting: dict[str, tuple[int, float]] = {}  # message: its node, and when to give up on it
+        while True:
+            while len(waiting) < self._window and (some := self._next(coming, len(waiting))):
+                ids = self._grid.push_messages([self._message(parcel, group) for parcel in some])
+                for id_, parcel in zip(ids, some, strict=True):
+                    if id_:
+                        waiting[id_] = (parcel.node, time.monotonic() + self._timeout)
+                    else:
+                        yield Reply(node=parcel.node, error="Flower did not take the message")
+            if not waiting:
+                return
+            found = False
+            for reply in self._arrived(waiting):
+                found = True
+                yield reply
+            late = [id_ for id_, (_, until) in waiting.items() if time.monotonic() >= until]
+            for id_ in late:
+                yield Reply(node=waiting.pop(id_)[0], error=f"no answer within {self._timeout:g} s")
+            if not found:
+                time.sleep(self._pause)
 
-    def _exchange_wave(self, parcels: Sequence[Parcel], group: str) -> Iterator[Reply]:
-        ids = list(self._grid.push_messages([self._message(parcel, group) for parcel in parcels]))
-        waiting = {id_: parcel.node for id_, parcel in zip(ids, parcels, strict=True)}
-        early: dict[str, Message] = {}  # answers that wait for an earlier parcel's
-        deadline = time.monotonic() + self._timeout
-        for id_ in ids:
-            while id_ not in early and time.monotonic() < deadline:
-                replies = list(self._grid.pull_messages([other for other in waiting if other not in early]))
-                for message in replies:
-                    # Flower's error replies carry a wrong source node: the message they answer tells who failed.
-                    if message.metadata.reply_to_message_id in waiting:
-                        early[message.metadata.reply_to_message_id] = message
-                if not replies:
-                    time.sleep(self._pause)
-            node = waiting.pop(id_)
-            answer = early.pop(id_, None)
-            yield _open(answer, node) if answer else Reply(node=node, error=f"no answer within {self._timeout:g} s")
+    def _next(self, coming: Iterator[Parcel], under_way: int) -> list[Parcel]:
+        return list(islice(coming, min(self._batch, self._window - under_way)))
+
+    def _arrived(self, waiting: dict[str, tuple[int, float]]) -> Iterator[Reply]:
+        """The answers that one poll of the grid finds, taken out of `waiting`."""
+        ids = iter(list(waiting))
+        while some := list(islice(ids, self._batch)):
+            for message in self._grid.pull_messages(some):
+                # Flower's error replies carry a wrong source node: the message they answer tells who failed.
+                answered = waiting.pop(message.metadata.reply_to_message_id, None)
+                if answered is not None:
+                    yield _open(message, answered[0])
 
     def _message(self, parcel: Parcel, group: str) -> Message:
         content = RecordDict({RECORD: ConfigRecord({FRAME: parcel.frame})})

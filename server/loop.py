@@ -13,47 +13,30 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fedloom.protocols.codec import TaskEncoder, decode_answer
+from fedloom.protocols.codec import decode_answer
 from fedloom.protocols.config import RunConfig
-from fedloom.protocols.messages import Hello, Kind, ModelSpec, Refusal, Task, Update
+from fedloom.protocols.messages import DeviceReport, Hello, Kind, ModelSpec, Refusal, Task, Update
 from fedloom.protocols.seeds import derive_seed
 from fedloom.server.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
+from fedloom.server.collect import Collection, Desk
 from fedloom.server.courier import Courier, Parcel
-from fedloom.server.intake import check_update, without_tensors
+from fedloom.server.journal import Journal, close_journal
 from fedloom.server.ledger import Ledger
 from fedloom.server.pooling import pool
 from fedloom.server.roster import Roster
 from fedloom.server.track import open_trackers
+from fedloom.server.watch import Silent, Watcher
 from fedloom.strategies.base import State, Strategy
 
 log = logging.getLogger("fedloom.server")
 
 CHECKPOINTS = "checkpoints"
-
-
-class Watcher(Protocol):
-    """Told what happens, to show it: the loop never waits for it."""
-
-    def began(self, *, round: int, rounds: int, phase: str, tasks: int) -> None: ...
-
-    def answered(self, *, device: str, refused: str) -> None: ...
-
-    def ended(self, *, record: Mapping[str, Any]) -> None: ...
-
-
-class Silent:
-    """A watcher that shows nothing."""
-
-    def began(self, *, round: int, rounds: int, phase: str, tasks: int) -> None: ...
-
-    def answered(self, *, device: str, refused: str) -> None: ...
-
-    def ended(self, *, record: Mapping[str, Any]) -> None: ...
+JOURNAL = "journal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +51,20 @@ class Outcome:
 class Coordinator:
     """One run of one recipe on one grid."""
 
-    def __init__(self, courier: Courier, config: RunConfig, strategy: Strategy, out: Path, *, run: str) -> None:
-        """`run` names the run in every message; the same name resumes it, another refuses its checkpoints."""
+    def __init__(
+        self, courier: Courier, config: RunConfig, strategy: Strategy, out: Path, *, run: str, durable: bool = False
+    ) -> None:
+        """
+        Args:
+            run: names the run in every message; the same name resumes it, another refuses its checkpoints.
+            durable: keep accepted answers on disk until their round's checkpoint is written, so that a server which is
+                killed in a round does not ask for them again.
+        """
         self._courier, self._config, self._strategy, self._out, self._run = courier, config, strategy, out, run
+        self._durable = durable
         self._limit = config.wire.limit_mb * 2**20
         self._ledger = Ledger()
+        self._watcher: Watcher = Silent()
 
     def go(self, *, resume: bool = False, watcher: Watcher | None = None) -> Outcome:
         """Run to the last round.
@@ -81,16 +73,27 @@ class Coordinator:
             resume: go on from the newest checkpoint in the run's folder, if there is one.
 
         Raises:
-            ValueError: when devices, checkpoint and recipe do not fit together, or a round gets too few updates.
+            ValueError: when devices, checkpoint and recipe do not fit together, a round gets too few updates, or the
+                disk takes no checkpoint.
         """
-        self._watcher = watcher or Silent()
+        self._watcher = watcher or self._watcher
         self._out.mkdir(parents=True, exist_ok=True)
-        self._roster = Roster(self._greet())
+        self._roster = self._first_roster()
         state, done = self._begin(resume)
-        trackers = open_trackers(self._config, self._out, self._run, after_round=done if done >= 0 else None)
+        config, known = self._config, [report.device for report in self._roster.reports()]
+        self._watcher.started(
+            run=self._run,
+            name=config.name,
+            strategy=config.strategy.name,
+            round=done,
+            rounds=config.server.rounds,
+            devices=known,
+        )
+        trackers = open_trackers(config, self._out, self._run, after_round=done if done >= 0 else None)
         history: list[dict[str, Any]] = []
         try:
-            for round in range(done + 1, self._config.server.rounds + 1):
+            for round in range(done + 1, config.server.rounds + 1):
+                self._admit()
                 state, record = self._round(state, round)
                 for tracker in trackers:  # before the checkpoint: on resume, lines past it are dropped and come again
                     tracker.log(record)
@@ -102,28 +105,50 @@ class Coordinator:
                 tracker.close()
         return Outcome(state=state, spec=self._roster.spec, history=history)
 
-    def _greet(self) -> dict[int, Hello]:
-        """Ask every node who it is and which model it holds."""
-        nodes = self._courier.nodes()
-        self._watcher.began(round=0, rounds=self._config.server.rounds, phase="hello", tasks=len(nodes))
+    def _first_roster(self) -> Roster:
+        hellos, problems = self._greet(self._courier.nodes())
+        if not hellos and problems:
+            raise ValueError(problems[0])
+        roster = Roster(hellos)
+        for hello in hellos.values():
+            self._watcher.joined(report=hello.report)
+        return roster
+
+    def _admit(self) -> None:
+        """See who is connected, and take in the devices that came since."""
+        hellos, _ = self._greet(self._roster.present(self._courier.nodes()))
+        for node, hello in hellos.items():
+            try:
+                self._roster.join(node, hello)
+                self._watcher.joined(report=hello.report)
+            except ValueError as error:
+                log.warning("node %d is left out: %s", node, error)
+
+    def _greet(self, nodes: Sequence[int]) -> tuple[dict[int, Hello], list[str]]:
+        """Ask nodes who they are and which model they hold; a line for each that does not say."""
         hellos: dict[int, Hello] = {}
         problems: list[str] = []
+        if not nodes:
+            return hellos, problems
+        names = [str(node) for node in nodes]
+        self._watcher.began(round=0, rounds=self._config.server.rounds, phase="hello", devices=names)
         parcels = [Parcel(node=node, kind="query", frame=b"") for node in nodes]
         for reply in self._courier.exchange(parcels, "0"):
+            problem, name = "", str(reply.node)
             try:
                 if reply.error:
                     raise ValueError(reply.error)
                 answer = decode_answer(reply.frame, (Hello, Refusal), limit=self._limit)
                 if isinstance(answer, Refusal):
                     raise ValueError(answer.reason)
-                hellos[reply.node] = answer
+                hellos[reply.node], name = answer, answer.report.device
             except ValueError as error:
-                problems.append(str(error))
+                problem = str(error)
+                problems.append(problem)
                 log.warning("node %d is left out: %s", reply.node, error)
-            self._watcher.answered(device=str(reply.node), refused=problems[-1] if problems else "")
-        if not hellos and problems:
-            raise ValueError(problems[0])
-        return hellos
+            size = len(reply.frame)
+            self._watcher.answered(round=0, phase="hello", device=name, size=size, seconds=0.0, refused=problem)
+        return hellos, problems
 
     def _begin(self, resume: bool) -> tuple[State, int]:
         """The state to start from and the round it stands after; -1 before anything was evaluated."""
@@ -164,14 +189,35 @@ class Coordinator:
         return state, record
 
     def _train(self, state: State, round: int, record: dict[str, Any]) -> State:
-        cohort = self._roster.draw(self._config.server.cohort, seed=self._config.seed, round=round)
+        """Collect and merge; a round that gets too few good updates is tried again, as often as the recipe says."""
+        rules = self._config.server
+        for attempt in range(rules.retries + 1):
+            try:
+                return self._merge(state, round, record)
+            except TooFew as error:
+                if attempt == rules.retries:
+                    raise
+                log.warning("round %d is tried again: %s", round, error)
+                time.sleep(rules.retry_seconds)
+                self._admit()
+        raise ValueError(f"retries must be >= 0, got {rules.retries}")
+
+    def _merge(self, state: State, round: int, record: dict[str, Any]) -> State:
+        rules = self._config.server
+        journal = self._journal(round, Kind.TRAIN)
+
+        def drawn() -> list[DeviceReport]:
+            size = math.ceil(rules.cohort * rules.over_select)
+            return self._roster.draw(size, seed=self._config.seed, round=round)
+
+        cohort = _planned(journal, drawn)
         tasks = [self._complete(task) for task in self._strategy.plan(state, cohort, round)]
-        seen: list[Update] = []
-        refusals: list[str] = []
-        updates = self._ask(tasks, Kind.TRAIN, seen, refusals)
-        if len(tasks) < self._config.server.min_updates:
-            raise ValueError(f"a round needs {self._config.server.min_updates} updates, its cohort is {len(tasks)}")
-        state = self._strategy.aggregate(state, _at_least(updates, self._config.server.min_updates, refusals))
+        enough = rules.cohort if rules.over_select > 1 else 0
+        answers = Collection(self._desk(), tasks, Kind.TRAIN, journal=journal, enough=enough)
+        if len(tasks) < rules.min_updates:
+            raise TooFew(f"a round needs {rules.min_updates} updates, its cohort is {len(tasks)}")
+        state = self._strategy.aggregate(state, _at_least(answers, rules.min_updates))
+        seen = answers.seen
         record["train_loss"] = pool([update.metrics for update in seen]).get("loss", 0.0)
         record["updates"] = len(seen)
         record["device_seconds"] = sum(update.cost.seconds for update in seen)
@@ -179,64 +225,30 @@ class Coordinator:
         return state
 
     def _evaluate(self, state: State, round: int, record: dict[str, Any]) -> None:
-        fleet = self._roster.reports()
+        journal = self._journal(round, Kind.EVALUATE)
+        fleet = _planned(journal, self._roster.reports)
         tasks = [self._complete(task) for task in self._strategy.plan_evaluation(state, fleet, round)]
-        seen: list[Update] = []
-        for _ in self._ask(tasks, Kind.EVALUATE, seen, []):
+        answers = Collection(self._desk(), tasks, Kind.EVALUATE, journal=journal)
+        for _ in answers:
             pass
+        seen = answers.seen
         record["evaluation"] = pool([update.metrics for update in seen])
         record["devices"] = {update.device: dict(update.metrics) for update in seen}
         if seen:
             peak = max(update.cost.peak_rss_bytes for update in seen) / 2**20
             record["device_peak_mb"] = max(record.get("device_peak_mb", 0.0), peak)
 
-    def _ask(self, tasks: Sequence[Task], kind: Kind, seen: list[Update], refusals: list[str]) -> Iterator[Update]:
-        """Send tasks; yield the good updates as they arrive; note their metrics in `seen`, the others in `refusals`."""
-        self._watcher.began(
-            round=tasks[0].round if tasks else 0, rounds=self._config.server.rounds, phase=kind, tasks=len(tasks)
+    def _desk(self) -> Desk:
+        return Desk(
+            config=self._config,
+            courier=self._courier,
+            roster=self._roster,
+            ledger=self._ledger,
+            watcher=self._watcher,
         )
-        by_node = {self._roster.node(task.device): task for task in tasks}
-        parcels = self._parcels(by_node, kind)
-        for reply in self._courier.exchange(parcels, str(tasks[0].round if tasks else 0)):
-            task = by_node[reply.node]
-            self._ledger.count(task.device, up=len(reply.frame), evaluation=kind == Kind.EVALUATE)
-            problem = ""
-            try:
-                if reply.error:
-                    raise ValueError(reply.error)
-                update = self._take_in(reply.frame, task)
-            except ValueError as error:
-                problem = f"{task.device}: {error}"
-                refusals.append(problem)
-                self._ledger.refused += 1
-                log.warning("round %d: refused %s", task.round, problem)
-            else:
-                seen.append(without_tensors(update))
-                self._note(task)
-                yield update
-            self._watcher.answered(device=task.device, refused=problem)
 
-    def _parcels(self, by_node: Mapping[int, Task], kind: Kind) -> Iterator[Parcel]:
-        """Encode each task as its turn comes, and count its bytes."""
-        encoder = TaskEncoder(self._config.wire.down, seed=self._config.seed)
-        for node, task in by_node.items():
-            frame = encoder.encode(task)
-            self._ledger.count(task.device, down=len(frame), evaluation=kind == Kind.EVALUATE)
-            yield Parcel(node=node, kind=kind, frame=frame)
-
-    def _take_in(self, frame: bytes, task: Task) -> Update:
-        """Decode and check one answer."""
-        answer = decode_answer(frame, (Update, Refusal), limit=self._limit)
-        if isinstance(answer, Refusal):
-            self._roster.saw(task.device, version=answer.version)
-            raise ValueError(f"the device declined: {answer.reason}")
-        check_update(answer, task, self._roster.spec)
-        return answer
-
-    def _note(self, task: Task) -> None:
-        """A device that answered holds the version it was brought to, and the state it ended the round with."""
-        version = task.patch.version if task.patch else 0
-        self._roster.saw(task.device, version=version, trained_in=task.round if task.kind == Kind.TRAIN else None)
+    def _journal(self, round: int, kind: Kind) -> Journal | None:
+        return Journal(self._out / JOURNAL, round=round, kind=kind) if self._durable else None
 
     def _complete(self, task: Task) -> Task:
         """Fill in what is not the strategy's business."""
@@ -249,6 +261,7 @@ class Coordinator:
             run=self._run,
             nonce=derive_seed(self._run, "nonce", task.kind, task.round, task.device),
             seed=derive_seed(config.seed, "task", task.round, task.device),
+            strategy=config.strategy.name,
             tuner=task.tuner if config.train.tuner == "auto" else config.train.tuner,
             wire=config.wire.up,
             knobs={**knobs, **task.knobs},
@@ -268,7 +281,15 @@ class Coordinator:
             ledger=self._ledger.entries,
             refused=self._ledger.refused,
         )
-        write_checkpoint(self._out / CHECKPOINTS, checkpoint, keep=self._config.server.keep_checkpoints)
+        folder = self._out / CHECKPOINTS
+        try:
+            write_checkpoint(folder, checkpoint, keep=self._config.server.keep_checkpoints)
+        except OSError as error:
+            raise ValueError(
+                f"round {round} must be written to {folder}, got {error.strerror}: make room and start again, "
+                "nothing that was finished is lost"
+            ) from None
+        close_journal(self._out / JOURNAL)
 
 
 def training_knobs(config: RunConfig, round: int) -> dict[str, float | int | str]:
@@ -284,12 +305,24 @@ def training_knobs(config: RunConfig, round: int) -> dict[str, float | int | str
     return told | {"lr": train.lr * share} | ({"zo_lr": train.zo_lr * share} if train.zo_lr else {})
 
 
-def _at_least(updates: Iterator[Update], least: int, refusals: Sequence[str]) -> Iterator[Update]:
+class TooFew(ValueError):  # noqa: N818 - what went wrong with a round, as one says it
+    """A round got fewer good updates than the recipe's minimum."""
+
+
+def _planned(journal: Journal | None, draw: Callable[[], list[DeviceReport]]) -> list[DeviceReport]:
+    """The devices of a phase as the journal has them, or drawn now and noted there."""
+    noted = journal.planned() if journal else None
+    if noted is not None:
+        return noted
+    drawn = draw()
+    if journal is not None:
+        journal.plan(drawn)
+    return drawn
+
+
+def _at_least(answers: Collection, least: int) -> Iterator[Update]:
     """Pass updates on; raise at the end when there were too few, so that the old state stands."""
-    count = 0
-    for update in updates:
-        count += 1
-        yield update
-    if count < least:
-        first = f"; the first refusal: {refusals[0]}" if refusals else ""
-        raise ValueError(f"a round needs at least {least} good updates, got {count}{first}")
+    yield from answers
+    if len(answers.seen) < least:
+        first = f"; the first refusal: {answers.refusals[0]}" if answers.refusals else ""
+        raise TooFew(f"a round needs at least {least} good updates, got {len(answers.seen)}{first}")

@@ -1,15 +1,23 @@
-"""Who takes part: the devices that said hello, what each holds, and who is drawn for a round."""
+"""Who takes part: the devices that said hello, what each holds, which are here, and who is drawn for a round."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fedloom.protocols.messages import DeviceReport, Hello, ModelSpec
 from fedloom.protocols.seeds import derive_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a device has done lately."""
+
+    failures: int = 0  # rounds in a row without a good answer
+    until: int = 0  # the last round that it sits out
 
 
 class Roster:
@@ -24,33 +32,66 @@ class Roster:
         if not hellos:
             raise ValueError("a run needs at least one device, got none")
         by_name = sorted(hellos.items(), key=lambda item: item[1].report.device)
-        names = [hello.report.device for _, hello in by_name]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"device names must differ, got {twice!r} twice")
-        first = by_name[0][1]
-        for _, hello in by_name:
-            if hello.spec != first.spec:
-                raise ValueError(
-                    f"devices must hold the same base and targets: {names[0]!r} holds {first.spec.base_hash[:12]}, "
-                    f"{hello.report.device!r} holds {hello.spec.base_hash[:12]}"
-                )
-        self.spec: ModelSpec = first.spec
-        self._nodes = {hello.report.device: node for node, hello in by_name}
-        self._reports = {hello.report.device: hello.report for _, hello in by_name}
+        self.spec: ModelSpec = by_name[0][1].spec
+        self._nodes: dict[str, int] = {}
+        self._reports: dict[str, DeviceReport] = {}
+        self._standing: dict[str, Standing] = {}
+        self._noted: dict[str, Sequence[int]] = {}  # what a checkpoint says of devices that have not come back yet
+        self._here: set[int] = set(hellos)
+        for node, hello in by_name:
+            self.join(node, hello)
 
     def __len__(self) -> int:
         return len(self._reports)
 
-    def node(self, device: str) -> int:
-        return self._nodes[device]
+    def join(self, node: int, hello: Hello) -> None:
+        """Take in a device that comes, or comes back under another node.
+
+        Raises:
+            ValueError: when a device of that name is here already, or this one holds another base.
+        """
+        report = hello.report
+        other = self._nodes.get(report.device)
+        if other is not None and other != node and other in self._here:
+            raise ValueError(f"device names must differ, got {report.device!r} twice")
+        if hello.spec != self.spec:
+            first = next(iter(self._reports))
+            raise ValueError(
+                f"devices must hold the same base and targets: {first!r} holds {self.spec.base_hash[:12]}, "
+                f"{report.device!r} holds {hello.spec.base_hash[:12]}"
+            )
+        for name in [name for name, known in self._nodes.items() if known == node and name != report.device]:
+            del self._nodes[name]  # the device behind a node has changed its name
+        self._nodes[report.device] = node
+        self._reports[report.device] = report
+        self._reports = dict(sorted(self._reports.items()))
+        self._here.add(node)
+        if report.device in self._noted:
+            self._take_back(report.device, self._noted.pop(report.device))
+
+    def present(self, nodes: Collection[int]) -> list[int]:
+        """Note which nodes are connected now; return those that have not said hello yet."""
+        self._here = set(nodes)
+        return sorted(self._here - set(self._nodes.values()))
+
+    def node(self, device: str) -> int | None:
+        """The device's node, or None while it is away."""
+        node = self._nodes.get(device)
+        return node if node in self._here else None
 
     def reports(self, names: Iterable[str] | None = None) -> list[DeviceReport]:
-        return [self._reports[name] for name in (self._reports if names is None else names)]
+        """The reports of `names`, or of all devices that are here, in name order."""
+        chosen = [name for name in self._reports if self.node(name) is not None] if names is None else names
+        return [self._reports[name] for name in chosen]
 
     def draw(self, cohort: int, *, seed: int, round: int) -> list[DeviceReport]:
-        """The cohort of a round, without replacement; 0 or more than there are takes all."""
-        names: Sequence[str] = list(self._reports)
+        """The cohort of a round, without replacement, from those that are here and do not sit out; 0 takes all.
+
+        When all sit out, none does.
+        """
+        here = [report.device for report in self.reports()]
+        fit = [name for name in here if self.standing(name).until < round]
+        names: Sequence[str] = fit or here
         if 0 < cohort < len(names):
             generator = np.random.Generator(np.random.Philox(key=derive_seed(seed, "cohort", round)))
             chosen = generator.choice(len(names), size=cohort, replace=False)
@@ -64,24 +105,53 @@ class Roster:
             report = replace(report, state_round=trained_in)
         self._reports[device] = report
 
+    def standing(self, device: str) -> Standing:
+        return self._standing.get(device, Standing())
+
+    def did(self, device: str, *, good: bool, round: int, patience: int, rest: int) -> Standing:
+        """Note how a device did in a round; after `patience` failures in a row (0: never) it sits out `rest` rounds."""
+        if good:
+            self._standing.pop(device, None)
+            return Standing()
+        before = self.standing(device)
+        resting = 0 < patience <= before.failures + 1
+        standing = (
+            Standing(until=round + rest) if resting else Standing(failures=before.failures + 1, until=before.until)
+        )
+        self._standing[device] = standing
+        return standing
+
     def to_json(self) -> dict[str, Any]:
-        return {name: [report.version, report.state_round] for name, report in self._reports.items()}
+        """For each device [version, state_round, failures, until]; also of devices that never came back."""
+        table: dict[str, Any] = {name: list(values) for name, values in self._noted.items()}
+        for name, report in self._reports.items():
+            standing = self.standing(name)
+            table[name] = [report.version, report.state_round, standing.failures, standing.until]
+        return table
 
     def restore(self, noted: Mapping[str, Sequence[int]]) -> list[str]:
         """Take back what `to_json` gave; return the devices that no longer hold what they did.
 
-        Such a device starts from the base again: the next patch it gets is the whole one.
-
-        Raises:
-            ValueError: when the devices are not those of the checkpoint.
+        Such a device starts from the base again: the next patch it gets is the whole one. A device that is not here
+        yet is taken back when it comes.
         """
-        if set(noted) != set(self._reports):
-            odd = sorted(set(noted) ^ set(self._reports))
-            raise ValueError(f"a run resumes on the devices of its checkpoint, got a difference in {odd[:5]}")
         lost = []
-        for name, (version, state_round) in noted.items():
-            if self._reports[name].version < version:
+        for name, values in noted.items():
+            if name not in self._reports:
+                self._noted[name] = list(values)
+            elif not self._take_back(name, values):
                 lost.append(name)
-            held = 0 if name in lost else version
-            self._reports[name] = replace(self._reports[name], version=held, state_round=state_round)
         return lost
+
+    def away(self) -> list[str]:
+        """Devices that a checkpoint names and that have not come back."""
+        return sorted(self._noted)
+
+    def _take_back(self, name: str, values: Sequence[int]) -> bool:
+        """Whether the device still holds what was noted."""
+        version, state_round, failures, until = [*values, 0, 0][:4]
+        holds = self._reports[name].version >= version
+        self._reports[name] = replace(self._reports[name], version=version if holds else 0, state_round=state_round)
+        if failures or until:
+            self._standing[name] = Standing(failures=failures, until=until)
+        return holds

@@ -23,9 +23,9 @@ import torch
 from fedloom.client import tuners
 from fedloom.protocols.config import RunConfig, build_config, contenders
 from fedloom.server.app import Plan, build_strategy, coordinate
-from fedloom.server.loop import Watcher
 from fedloom.server.pooling import interval, pool
 from fedloom.server.track import METRICS_FILE
+from fedloom.server.watch import Watcher
 from fedloom.simulations.fleet import Fleet
 from fedloom.simulations.grid import InProcessGrid, pretend_nodes
 from fedloom.simulations.world import pretend_app

@@ -11,6 +11,7 @@ import pytest
 
 from fedloom.protocols.config import RunConfig, build_config, override
 from fedloom.server.checkpoint import latest_checkpoint
+from fedloom.server.watch import Silent
 from fedloom.simulations.runs import run_recipe
 from fedloom.strategies.registry import names
 
@@ -96,16 +97,12 @@ def test_resume_ends_in_the_bytes_of_a_run_that_was_never_cut(
     """A crash at any phase of any round: as tasks go out, in the middle of the answers, and after the round."""
     recipe = config(table, strategy__name=strategy)
 
-    class Crash:
-        def __init__(self) -> None:
-            self.now, self.answers = (0, ""), 0
+    class Crash(Silent):
+        answers = 0
 
-        def began(self, *, round: int, rounds: int, phase: str, tasks: int) -> None:
-            self.now, self.answers = (round, phase), 0
-
-        def answered(self, *, device: str, refused: str) -> None:
-            self.answers += 1
-            if self.now == (round, phase) and self.answers == 2:
+        def answered(self, **about: Any) -> None:
+            self.answers += (about["round"], about["phase"]) == (round, phase)
+            if self.answers == 2:
                 raise CrashError
 
         def ended(self, *, record: Any) -> None:
