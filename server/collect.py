@@ -34,12 +34,81 @@ class Desk:
     watcher: Watcher
 
 
+class Reception:
+    """Where answers are held against their tasks, and what follows from each is noted: bytes, versions, standing.
+
+    Attributes:
+        refusals: a line for each answer that was not taken.
+    """
+
+    def __init__(self, desk: Desk, kind: Kind) -> None:
+        self._desk, self._kind = desk, kind
+        self.refusals: list[str] = []
+
+    def receive(self, task: Task, reply: Reply) -> Update | None:
+        """The good update in a reply, or None for one that is refused: not to be counted before it is accepted."""
+        self.count(task, up=len(reply.frame))
+        try:
+            if reply.error:
+                raise ValueError(reply.error)
+            return self.open(task, reply.frame)
+        except ValueError as error:
+            self.refuse(task, str(error), size=len(reply.frame))
+            return None
+
+    def open(self, task: Task, frame: bytes) -> Update:
+        """Decode and check one answer.
+
+        Raises:
+            ValueError: for a refusal, or an answer that does not hold against its task.
+        """
+        answer = decode_answer(frame, (Update, Refusal), limit=self._desk.config.wire.limit_mb * 2**20)
+        if isinstance(answer, Refusal):
+            self._desk.roster.saw(task.device, version=answer.version)
+            raise ValueError(f"the device declined: {answer.reason}")
+        check_update(answer, task, self._desk.roster.spec)
+        return answer
+
+    def accept(self, task: Task, update: Update, *, size: int) -> None:
+        """A device that answered holds the version it was brought to, and the state it ended the round with."""
+        roster, training = self._desk.roster, self._kind == Kind.TRAIN
+        version = task.patch.version if task.patch else 0
+        roster.saw(task.device, version=version, trained_in=task.round if training else None)
+        if training:
+            roster.did(task.device, good=True, round=task.round, patience=0, rest=0)
+        self._tell(task, size=size, seconds=update.cost.seconds)
+
+    def refuse(self, task: Task, problem: str, *, size: int = 0) -> None:
+        """Count and log an answer that is not taken; a device that fails too often sits out."""
+        desk, rules = self._desk, self._desk.config.server
+        self.refusals.append(f"{task.device}: {problem}")
+        desk.ledger.refused += 1
+        log.warning("round %d: refused %s: %s", task.round, task.device, problem)
+        self._tell(task, size=size, refused=problem)
+        if self._kind != Kind.TRAIN:
+            return
+        standing = desk.roster.did(
+            task.device, good=False, round=task.round, patience=rules.quarantine_after, rest=rules.quarantine_rounds
+        )
+        if standing.until > task.round:
+            log.warning("%s sits out up to round %d", task.device, standing.until)
+            desk.watcher.rested(device=task.device, until=standing.until, reason=problem)
+
+    def count(self, task: Task, *, up: int = 0, down: int = 0) -> None:
+        """Bytes of frames that crossed the wire for a task."""
+        self._desk.ledger.count(task.device, up=up, down=down, evaluation=self._kind == Kind.EVALUATE)
+
+    def _tell(self, task: Task, *, size: int, seconds: float = 0.0, refused: str = "") -> None:
+        self._desk.watcher.answered(
+            round=task.round, phase=self._kind, device=task.device, size=size, seconds=seconds, refused=refused
+        )
+
+
 class Collection:
     """Iterate over it once: the good updates, in the order of `tasks`.
 
     Attributes:
         seen: the updates handed on so far, without their tensors.
-        refusals: a line for each answer that was not taken.
     """
 
     def __init__(
@@ -51,13 +120,18 @@ class Collection:
             enough: good answers that end the phase; later ones are not waited for. 0 waits for all.
         """
         self._desk, self._tasks, self._kind, self._journal, self._enough = desk, tasks, kind, journal, enough
+        self._reception = Reception(desk, kind)
         self._round = tasks[0].round if tasks else 0
         self._by_node: dict[int, Task] = {}
         self._down: dict[str, int] = {}
         self._good: dict[str, Update | None] = {}  # None: it waits in the journal
         self._settled: set[str] = set()
         self.seen: list[Update] = []
-        self.refusals: list[str] = []
+
+    @property
+    def refusals(self) -> list[str]:
+        """A line for each answer that was not taken."""
+        return self._reception.refusals
 
     def __iter__(self) -> Iterator[Update]:
         rounds, devices = self._desk.config.server.rounds, [task.device for task in self._tasks]
@@ -67,7 +141,8 @@ class Collection:
         for task in self._tasks:
             node = self._desk.roster.node(task.device)
             if task.device not in self._settled and node is None:
-                self._refuse(task, "it is not connected")
+                self._settled.add(task.device)
+                self._reception.refuse(task, "it is not connected")
             elif task.device not in self._settled and node is not None:
                 self._by_node[node] = task
         replies = self._desk.courier.exchange(self._parcels(), str(self._round))
@@ -90,23 +165,19 @@ class Collection:
         for node, task in self._by_node.items():
             frame = encoder.encode(task)
             self._down[task.device] = len(frame)
-            self._count(task, down=len(frame))
+            self._reception.count(task, down=len(frame))
             yield Parcel(node=node, kind=self._kind, frame=frame)
 
     def _take(self, reply: Reply) -> None:
-        """Hold one answer against its task; write a good one down before it counts."""
+        """One answer; a good one is written down before it counts."""
         task = self._by_node[reply.node]
-        self._count(task, up=len(reply.frame))
-        try:
-            if reply.error:
-                raise ValueError(reply.error)
-            update = self._open(reply.frame, task)
-        except ValueError as error:
-            self._refuse(task, str(error), size=len(reply.frame))
+        self._settled.add(task.device)
+        update = self._reception.receive(task, reply)
+        if update is None:
             return
         if self._journal is not None:
             self._journal.put(task.device, Entry(down=self._down[task.device], frame=reply.frame))
-        self._accept(task, update, size=len(reply.frame))
+        self._keep(task, update, size=len(reply.frame))
 
     def _recall(self, task: Task) -> None:
         """Take what the journal has of an answer that was accepted before the server was cut."""
@@ -114,47 +185,17 @@ class Collection:
         if entry is None:
             return
         try:
-            update = self._open(entry.frame, task)
+            update = self._reception.open(task, entry.frame)
         except ValueError as error:
             log.warning("round %d: the journal's answer of %s is not used: %s", self._round, task.device, error)
             return
-        self._count(task, up=len(entry.frame), down=entry.down)
-        self._accept(task, update, size=len(entry.frame))
-
-    def _open(self, frame: bytes, task: Task) -> Update:
-        answer = decode_answer(frame, (Update, Refusal), limit=self._desk.config.wire.limit_mb * 2**20)
-        if isinstance(answer, Refusal):
-            self._desk.roster.saw(task.device, version=answer.version)
-            raise ValueError(f"the device declined: {answer.reason}")
-        check_update(answer, task, self._desk.roster.spec)
-        return answer
-
-    def _accept(self, task: Task, update: Update, *, size: int) -> None:
-        """A device that answered holds the version it was brought to, and the state it ended the round with."""
-        roster, training = self._desk.roster, self._kind == Kind.TRAIN
         self._settled.add(task.device)
+        self._reception.count(task, up=len(entry.frame), down=entry.down)
+        self._keep(task, update, size=len(entry.frame))
+
+    def _keep(self, task: Task, update: Update, *, size: int) -> None:
         self._good[task.device] = None if self._journal is not None else update
-        version = task.patch.version if task.patch else 0
-        roster.saw(task.device, version=version, trained_in=task.round if training else None)
-        if training:
-            roster.did(task.device, good=True, round=self._round, patience=0, rest=0)
-        self._tell(task, size=size, seconds=update.cost.seconds)
-
-    def _refuse(self, task: Task, problem: str, *, size: int = 0) -> None:
-        desk, rules = self._desk, self._desk.config.server
-        self._settled.add(task.device)
-        self.refusals.append(f"{task.device}: {problem}")
-        desk.ledger.refused += 1
-        log.warning("round %d: refused %s: %s", self._round, task.device, problem)
-        self._tell(task, size=size, refused=problem)
-        if self._kind != Kind.TRAIN:
-            return
-        standing = desk.roster.did(
-            task.device, good=False, round=self._round, patience=rules.quarantine_after, rest=rules.quarantine_rounds
-        )
-        if standing.until > self._round:
-            log.warning("%s sits out up to round %d", task.device, standing.until)
-            desk.watcher.rested(device=task.device, until=standing.until, reason=problem)
+        self._reception.accept(task, update, size=size)
 
     def _fetch(self, task: Task) -> Update:
         """A good update, from memory or from the journal."""
@@ -165,12 +206,4 @@ class Collection:
         entry = self._journal.get(task.device) if self._journal else None
         if entry is None:
             raise ValueError(f"the journal must keep the answer of {task.device} until the round is done, it is gone")
-        return self._open(entry.frame, task)
-
-    def _count(self, task: Task, *, up: int = 0, down: int = 0) -> None:
-        self._desk.ledger.count(task.device, up=up, down=down, evaluation=self._kind == Kind.EVALUATE)
-
-    def _tell(self, task: Task, *, size: int, seconds: float = 0.0, refused: str = "") -> None:
-        self._desk.watcher.answered(
-            round=self._round, phase=self._kind, device=task.device, size=size, seconds=seconds, refused=refused
-        )
+        return self._reception.open(task, entry.frame)

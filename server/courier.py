@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -52,43 +52,68 @@ class Courier:
     def exchange(self, parcels: Iterable[Parcel], group: str) -> Generator[Reply, None, None]:
         """Send parcels, made as their turn comes, and yield each one's reply in the order of arrival."""
         coming = iter(parcels)
-        waiting: dict[str, tuple[int, float]] = {}  # message: its node, and when to give up on it
+        mail = self.mail(group)
         while True:
-            while len(waiting) < self._window and (some := self._next(coming, len(waiting))):
-                ids = self._grid.push_messages([self._message(parcel, group) for parcel in some])
-                for id_, parcel in zip(ids, some, strict=True):
-                    if id_:
-                        waiting[id_] = (parcel.node, time.monotonic() + self._timeout)
-                    else:
-                        yield Reply(node=parcel.node, error="Flower did not take the message")
-            if not waiting:
+            while mail.room and (some := list(islice(coming, min(self._batch, mail.room)))):
+                yield from mail.send(some)
+            if mail.empty:
                 return
-            found = False
-            for reply in self._arrived(waiting):
-                found = True
-                yield reply
-            late = [id_ for id_, (_, until) in waiting.items() if time.monotonic() >= until]
-            for id_ in late:
-                yield Reply(node=waiting.pop(id_)[0], error=f"no answer within {self._timeout:g} s")
-            if not found:
-                time.sleep(self._pause)
+            yield from mail.poll()
 
-    def _next(self, coming: Iterator[Parcel], under_way: int) -> list[Parcel]:
-        return list(islice(coming, min(self._batch, self._window - under_way)))
+    def mail(self, group: str) -> Mail:
+        """An exchange to which parcels may be added while others are under way."""
+        return Mail(self._grid, group, timeout=self._timeout, window=self._window, pause=self._pause, batch=self._batch)
 
-    def _arrived(self, waiting: dict[str, tuple[int, float]]) -> Iterator[Reply]:
-        """The answers that one poll of the grid finds, taken out of `waiting`."""
-        ids = iter(list(waiting))
+
+class Mail:
+    """Parcels under way, and their replies as they come; arguments as the Courier's."""
+
+    def __init__(self, grid: Grid, group: str, *, timeout: float, window: int, pause: float, batch: int) -> None:
+        self._grid, self._group = grid, group
+        self._timeout, self._window, self._pause, self._batch = timeout, window, pause, batch
+        self._waiting: dict[str, tuple[int, float]] = {}  # message: its node, and when to give up on it
+
+    @property
+    def empty(self) -> bool:
+        return not self._waiting
+
+    @property
+    def room(self) -> int:
+        """How many more parcels may be sent now."""
+        return self._window - len(self._waiting)
+
+    def send(self, parcels: Sequence[Parcel]) -> list[Reply]:
+        """Hand parcels over; the replies are errors for those that Flower did not take."""
+        ids = self._grid.push_messages([_message(parcel, self._group) for parcel in parcels])
+        lost = []
+        for id_, parcel in zip(ids, parcels, strict=True):
+            if id_:
+                self._waiting[id_] = (parcel.node, time.monotonic() + self._timeout)
+            else:
+                lost.append(Reply(node=parcel.node, error="Flower did not take the message"))
+        return lost
+
+    def poll(self) -> Iterator[Reply]:
+        """What has come since, and errors for what is overdue; pauses when there was nothing."""
+        found = False
+        ids = iter(list(self._waiting))
         while some := list(islice(ids, self._batch)):
             for message in self._grid.pull_messages(some):
                 # Flower's error replies carry a wrong source node: the message they answer tells who failed.
-                answered = waiting.pop(message.metadata.reply_to_message_id, None)
+                answered = self._waiting.pop(message.metadata.reply_to_message_id, None)
                 if answered is not None:
+                    found = True
                     yield _open(message, answered[0])
+        for id_ in [id_ for id_, (_, until) in self._waiting.items() if time.monotonic() >= until]:
+            found = True
+            yield Reply(node=self._waiting.pop(id_)[0], error=f"no answer within {self._timeout:g} s")
+        if not found:
+            time.sleep(self._pause)
 
-    def _message(self, parcel: Parcel, group: str) -> Message:
-        content = RecordDict({RECORD: ConfigRecord({FRAME: parcel.frame})})
-        return Message(content, parcel.node, parcel.kind, group_id=group)
+
+def _message(parcel: Parcel, group: str) -> Message:
+    content = RecordDict({RECORD: ConfigRecord({FRAME: parcel.frame})})
+    return Message(content, parcel.node, parcel.kind, group_id=group)
 
 
 def _open(message: Message, node: int) -> Reply:

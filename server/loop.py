@@ -10,6 +10,7 @@ One round:
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
@@ -37,6 +38,7 @@ log = logging.getLogger("fedloom.server")
 
 CHECKPOINTS = "checkpoints"
 JOURNAL = "journal"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,13 @@ class Coordinator:
                 self._save(state, round)
                 history.append(record)
                 self._watcher.ended(record=record)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise ValueError(
+                f"{self._out} must have room for the run's files, got {error.strerror}: make room and start again, "
+                "nothing that was finished is lost"
+            ) from None
         finally:
             for tracker in trackers:
                 tracker.close()
@@ -281,14 +290,7 @@ class Coordinator:
             ledger=self._ledger.entries,
             refused=self._ledger.refused,
         )
-        folder = self._out / CHECKPOINTS
-        try:
-            write_checkpoint(folder, checkpoint, keep=self._config.server.keep_checkpoints)
-        except OSError as error:
-            raise ValueError(
-                f"round {round} must be written to {folder}, got {error.strerror}: make room and start again, "
-                "nothing that was finished is lost"
-            ) from None
+        write_checkpoint(self._out / CHECKPOINTS, checkpoint, keep=self._config.server.keep_checkpoints)
         close_journal(self._out / JOURNAL)
 
 

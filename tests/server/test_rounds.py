@@ -1,0 +1,285 @@
+"""Rounds under bad weather: crashes in the middle, devices that are slow, silent, late, away or wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedloom.protocols.config import RunConfig, build_config, override
+from fedloom.server.app import Plan, coordinate
+from fedloom.server.events import EVENTS_FILE, EventLog
+from fedloom.server.loop import JOURNAL, TooFew
+from fedloom.server.watch import Silent
+from fedloom.simulations.grid import InProcessGrid, pretend_nodes
+from fedloom.simulations.world import pretend_app
+
+DEVICES = 5
+
+
+class Weather(InProcessGrid):
+    """Pretend devices by node, 1 to 5, of which some are slow (their answers come last), silent, away or garbled."""
+
+    def __init__(self, config: RunConfig, work: Path) -> None:
+        super().__init__(pretend_nodes(DEVICES), pretend_app, (config, work))
+        self.slow: set[int] = set()
+        self.silent: set[int] = set()
+        self.away: set[int] = set()
+        self.garbled: set[int] = set()
+        self.asked: list[tuple[str, int]] = []
+        self._held: dict[str, Message] = {}
+        self._target: dict[str, int] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node in super().get_node_ids() if node not in self.away]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        some = list(messages)
+        ids = list(super().push_messages(some))
+        for id_, message in zip(ids, some, strict=True):
+            self.asked.append((message.metadata.message_type, message.metadata.dst_node_id))
+            self._target[id_] = message.metadata.dst_node_id
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ids = list(message_ids)
+        while found := list(super().pull_messages(list(self._target))):
+            self._held |= {message.metadata.reply_to_message_id: message for message in found}
+        ready = [id_ for id_ in ids if id_ in self._held and self._target[id_] not in self.silent]
+        quick = [id_ for id_ in ready if self._target[id_] not in self.slow]
+        return [self._answer(id_) for id_ in (quick or ready)[::-1]]
+
+    def _answer(self, id_: str) -> Message:
+        message = self._held.pop(id_)
+        if self._target[id_] in self.garbled:
+            frame = bytearray(message.content["fedloom"]["frame"])
+            frame[40] ^= 1
+            message.content = RecordDict({"fedloom": ConfigRecord({"frame": bytes(frame)})})
+        return message
+
+
+class CrashError(Exception):
+    """A pretend crash."""
+
+
+class CrashAt(Silent):
+    """Dies at the n-th answer of a phase."""
+
+    def __init__(self, round: int, phase: str, answers: int) -> None:
+        self._at, self._left = (round, phase), answers
+
+    def answered(self, **about: Any) -> None:
+        self._left -= (about["round"], about["phase"]) == self._at
+        if self._left == 0:
+            raise CrashError
+
+
+@pytest.fixture
+def table(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe of five unequal devices and two rounds."""
+    data = tmp_path / "requests.jsonl"
+    rows = [{"prompt": f"turn on lamp {n}\n", "completion": f"lamp({n})", "label": str(n % 2)} for n in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"path": str(tiny_llama)},
+        "data": {"source": str(data), "max_length": 32},
+        "fleet": {"devices": DEVICES, "ranks": [8, 4, 2], "partition": "iid"},
+        "train": {"steps": 1, "batch_size": 4, "lr": 0.01},
+        "server": {"rounds": 2, "timeout": 60.0},
+        "track": {"tensorboard": False},
+    }
+
+
+def config(table: dict[str, Any], **changes: Any) -> RunConfig:
+    return build_config(override(table, {key.replace("__", "."): value for key, value in changes.items()}))
+
+
+def go(grid: Weather, recipe: RunConfig, out: Path, watcher: Any = None) -> list[dict[str, Any]]:
+    plan = Plan(config=recipe, out=out, run="run", resume=True, durable=True, window=99, pause=0.001)
+    return coordinate(grid, plan, watcher).history
+
+
+def final(out: Path) -> tuple[bytes, bytes]:
+    newest = sorted((out / "checkpoints").glob("round-*"))[-1]
+    return (newest / "state.safetensors").read_bytes(), (newest / "run.json").read_bytes()
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+@pytest.mark.parametrize("answers", [1, 3, 5])
+def test_a_killed_round_goes_on_with_the_answers_it_had(
+    table: dict[str, Any], tmp_path: Path, phase: str, answers: int
+) -> None:
+    """The same bytes as a run that was never cut, and no device is asked twice, whoever was slow before and after."""
+    recipe = config(table)
+    cut = Weather(recipe, tmp_path / "devices")
+    cut.slow = {1, 4}
+    with pytest.raises(CrashError):
+        go(cut, recipe, tmp_path / "cut", CrashAt(1, phase, answers))
+    again = Weather(recipe, tmp_path / "devices")
+    again.slow = {2}
+    go(again, recipe, tmp_path / "cut")
+    asked = [node for kind, node in again.asked if kind == phase]
+    assert len(asked) == DEVICES * 2 - answers  # round 0 was evaluated before the cut
+    go(Weather(recipe, tmp_path / "others"), recipe, tmp_path / "whole")
+    assert final(tmp_path / "cut") == final(tmp_path / "whole")
+    assert not (tmp_path / "cut" / JOURNAL).exists()
+
+
+def test_a_damaged_answer_in_the_journal_is_asked_for_again(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = config(table)
+    with pytest.raises(CrashError):
+        go(Weather(recipe, tmp_path / "devices"), recipe, tmp_path / "cut", CrashAt(1, "train", 4))
+    frames = sorted((tmp_path / "cut" / JOURNAL / "round-000001-train").glob("*.frame"))
+    assert len(frames) == 4
+    data = bytearray(frames[0].read_bytes())
+    data[-1] ^= 1
+    frames[0].write_bytes(data)
+    frames[1].write_bytes(b"x")
+    again = Weather(recipe, tmp_path / "devices")
+    go(again, recipe, tmp_path / "cut")
+    assert len([node for kind, node in again.asked if kind == "train"]) == DEVICES * 2 - 2
+    go(Weather(recipe, tmp_path / "others"), recipe, tmp_path / "whole")
+    assert final(tmp_path / "cut") == final(tmp_path / "whole")
+
+
+def test_a_round_ends_with_its_first_good_answers(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = config(table, server__cohort=3, server__over_select=1.6, server__timeout=0.5, eval__every=0)
+    grid = Weather(recipe, tmp_path / "devices")
+    began: list[Any] = []
+
+    class Watch(Silent):
+        def began(self, **about: Any) -> None:
+            began.append((about["phase"], len(about["devices"])))
+
+        def ended(self, *, record: Any) -> None:
+            grid.silent = {2}
+
+    history = go(grid, recipe, tmp_path / "run", Watch())
+    assert began.count(("train", 5)) == 2
+    assert [record["updates"] for record in history[1:]] == [3, 3]
+    assert history[1]["refused"] == 0  # device-01 never answered, and nobody waited for it
+    assert history[2]["refused"] == 1  # but it was asked to evaluate at the end
+
+
+def test_a_silent_device_is_waited_for_as_long_as_the_recipe_says_and_then_rests(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = config(table, server__timeout=0.3, server__quarantine_after=1, server__quarantine_rounds=1, eval__every=0)
+    grid = Weather(recipe, tmp_path / "devices")
+    grid.away = set()
+    out, log = tmp_path / "run", EventLog(tmp_path / "run" / EVENTS_FILE)
+
+    class Watch(EventLog):
+        def ended(self, *, record: Any) -> None:
+            super().ended(record=record)
+            grid.silent = {3} if record["round"] == 0 else set()
+
+    log.close()
+    history = go(grid, recipe, out, Watch(out / EVENTS_FILE))
+    assert [record["updates"] for record in history[1:]] == [4, 4]
+    assert history[-1]["refused"] == 1
+    events = [json.loads(line) for line in (out / EVENTS_FILE).read_text().splitlines() if line]
+    (rest,) = [event for event in events if event["event"] == "quarantined"]
+    assert (rest["device"], rest["until"]) == ("device-02", 2)
+    assert rest["reason"] == "no answer within 0.3 s"
+    assert [event["event"] for event in events if event["event"] in ("started", "round")] == ["started"] + ["round"] * 3
+    assert len([event for event in events if event["event"] == "joined"]) == DEVICES
+
+
+def test_a_round_with_too_few_answers_is_tried_again(table: dict[str, Any], tmp_path: Path) -> None:
+    rules = {"server__timeout": 0.3, "server__min_updates": 5, "server__retries": 2, "server__retry_seconds": 0.0}
+    recipe = config(table, eval__every=0, **rules)
+    grid = Weather(recipe, tmp_path / "devices")
+
+    class Recovers(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.silent = {3} if record["round"] == 0 else set()
+
+        def answered(self, **about: Any) -> None:
+            if about["refused"]:
+                grid.silent = set()
+
+    history = go(grid, recipe, tmp_path / "run", Recovers())
+    assert [record["updates"] for record in history[1:]] == [5, 5]
+    assert len([node for kind, node in grid.asked if kind == "train"]) == 11  # four answers of round 1 were kept
+
+    grid = Weather(recipe, tmp_path / "others")
+
+    class NeverRecovers(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.silent = {3}
+
+    with pytest.raises(TooFew, match=r"at least 5 good updates, got 4; the first refusal: device-02: no answer"):
+        go(grid, recipe, tmp_path / "short", NeverRecovers())
+
+
+def test_a_device_that_joins_late_is_brought_up_to_date(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = config(table, server__rounds=3)
+    grid = Weather(recipe, tmp_path / "devices")
+    grid.away = {4}
+
+    class Opens(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.away = {4} if record["round"] < 1 else set()
+
+    history = go(grid, recipe, tmp_path / "run", Opens())
+    assert [record.get("updates") for record in history] == [None, 4, 5, 5]
+    assert history[-1]["refused"] == 0
+    assert "device-03" in history[-1]["devices"]
+
+
+def test_a_device_that_goes_away_is_left_out_until_it_is_back(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = config(table, server__rounds=3)
+    grid = Weather(recipe, tmp_path / "devices")
+
+    class Leaves(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.away = {2} if record["round"] == 1 else set()
+
+    history = go(grid, recipe, tmp_path / "run", Leaves())
+    assert [record.get("updates") for record in history] == [None, 5, 4, 5]
+    assert history[-1]["refused"] == 0
+
+
+def test_a_garbled_answer_is_refused_and_the_round_goes_on(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = config(table)
+    grid = Weather(recipe, tmp_path / "devices")
+    told: list[str] = []
+
+    class Watch(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.garbled = {1}
+
+        def answered(self, **about: Any) -> None:
+            if about["refused"]:
+                told.append(about["refused"])
+
+    history = go(grid, recipe, tmp_path / "run", Watch())
+    assert [record.get("updates") for record in history] == [None, 4, 4]
+    assert history[-1]["refused"] == len(told) == 4  # training and evaluation of two rounds
+    assert all("checksum" in reason or "damaged" in reason for reason in told)
+
+
+def test_a_full_disk_is_one_clear_line(table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = config(table)
+    grid = Weather(recipe, tmp_path / "devices")
+    out = tmp_path / "run"
+
+    class Fills(Silent):
+        def ended(self, *, record: Any) -> None:
+            if record["round"] == 1:
+                monkeypatch.setattr("fedloom.server.disk.os.fsync", full)
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ValueError, match=r"No space left on device: make room and start again, nothing"):
+        go(grid, recipe, out, Fills())
+    monkeypatch.undo()
+    go(Weather(recipe, tmp_path / "devices"), recipe, out)
+    go(Weather(recipe, tmp_path / "others"), recipe, tmp_path / "whole")
+    assert final(out) == final(tmp_path / "whole")
