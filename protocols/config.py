@@ -137,6 +137,10 @@ class Server(Section):
     """Devices drawn for each round; 0 takes all."""
     min_updates: int = Field(default=1, ge=1)
     """A round with fewer good updates than this is an error: it keeps the state and stops the run."""
+    mode: Literal["sync", "buffered"] = "sync"
+    """`sync`: a round waits for its cohort; `buffered`: a round is the first `buffer` updates, others go on."""
+    buffer: int = Field(default=10, ge=1)
+    """Good updates that make a round in mode `buffered`, weighted by 1 / sqrt(1 + age in versions)."""
     over_select: float = Field(default=1.0, ge=1, le=10)
     """Ask this many times the cohort; its first `cohort` good updates make the round, later ones are not waited for."""
     timeout: float = Field(default=3600.0, gt=0)

@@ -14,7 +14,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fedloom.protocols.codec import decode_answer
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.messages import DeviceReport, Hello, Kind, ModelSpec, Refusal, Task, Update
 from fedloom.protocols.seeds import derive_seed
+from fedloom.server.buffered import Buffer
 from fedloom.server.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from fedloom.server.collect import Collection, Desk
 from fedloom.server.courier import Courier, Parcel
@@ -67,6 +68,7 @@ class Coordinator:
         self._limit = config.wire.limit_mb * 2**20
         self._ledger = Ledger()
         self._watcher: Watcher = Silent()
+        self._buffer: Buffer | None = None
 
     def go(self, *, resume: bool = False, watcher: Watcher | None = None) -> Outcome:
         """Run to the last round.
@@ -81,6 +83,8 @@ class Coordinator:
         self._watcher = watcher or self._watcher
         self._out.mkdir(parents=True, exist_ok=True)
         self._roster = self._first_roster()
+        if self._config.server.mode == "buffered":
+            self._buffer = Buffer(self._desk(), self._strategy, self._complete)
         state, done = self._begin(resume)
         config, known = self._config, [report.device for report in self._roster.reports()]
         self._watcher.started(
@@ -213,6 +217,12 @@ class Coordinator:
 
     def _merge(self, state: State, round: int, record: dict[str, Any]) -> State:
         rules = self._config.server
+        if self._buffer is not None:
+            buffer = self._buffer
+            state = self._strategy.aggregate(state, _at_least(buffer.fill(state, round), buffer, rules.min_updates))
+            record["staleness"] = sum(buffer.staleness) / len(buffer.staleness)
+            _add_up(record, buffer.seen)
+            return state
         journal = self._journal(round, Kind.TRAIN)
 
         def drawn() -> list[DeviceReport]:
@@ -225,12 +235,8 @@ class Coordinator:
         answers = Collection(self._desk(), tasks, Kind.TRAIN, journal=journal, enough=enough)
         if len(tasks) < rules.min_updates:
             raise TooFew(f"a round needs {rules.min_updates} updates, its cohort is {len(tasks)}")
-        state = self._strategy.aggregate(state, _at_least(answers, rules.min_updates))
-        seen = answers.seen
-        record["train_loss"] = pool([update.metrics for update in seen]).get("loss", 0.0)
-        record["updates"] = len(seen)
-        record["device_seconds"] = sum(update.cost.seconds for update in seen)
-        record["device_peak_mb"] = max(update.cost.peak_rss_bytes for update in seen) / 2**20
+        state = self._strategy.aggregate(state, _at_least(answers, answers, rules.min_updates))
+        _add_up(record, answers.seen)
         return state
 
     def _evaluate(self, state: State, round: int, record: dict[str, Any]) -> None:
@@ -322,9 +328,17 @@ def _planned(journal: Journal | None, draw: Callable[[], list[DeviceReport]]) ->
     return drawn
 
 
-def _at_least(answers: Collection, least: int) -> Iterator[Update]:
+def _add_up(record: dict[str, Any], seen: Sequence[Update]) -> None:
+    """What a round's training measured and cost, into its record."""
+    record["train_loss"] = pool([update.metrics for update in seen]).get("loss", 0.0)
+    record["updates"] = len(seen)
+    record["device_seconds"] = sum(update.cost.seconds for update in seen)
+    record["device_peak_mb"] = max(update.cost.peak_rss_bytes for update in seen) / 2**20
+
+
+def _at_least(updates: Iterable[Update], answers: Collection | Buffer, least: int) -> Iterator[Update]:
     """Pass updates on; raise at the end when there were too few, so that the old state stands."""
-    yield from answers
+    yield from updates
     if len(answers.seen) < least:
         first = f"; the first refusal: {answers.refusals[0]}" if answers.refusals else ""
         raise TooFew(f"a round needs at least {least} good updates, got {len(answers.seen)}{first}")

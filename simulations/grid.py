@@ -12,7 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -105,11 +105,12 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The oldest unfinished message's answer, alone, once it is there; nothing when it was not asked for."""
+        """The answer to the oldest unfinished message of those asked for, alone, once it is there."""
+        asked = set(message_ids)
         self._fill()
-        if not self._running or self._running[0][0] not in set(message_ids):
+        job = self._take(asked)
+        if job is None:
             return []
-        _, job = self._running.popleft()
         answer = self._perform(job) if isinstance(job, Message) else _result(job)
         self._fill()
         return [answer]
@@ -123,13 +124,27 @@ class InProcessGrid(Grid):
                 replies.append(reply)
         return replies
 
+    def _take(self, asked: Collection[str]) -> Future[Message] | Message | None:
+        """The oldest message asked for, from those under way or, where others fill the window, from the queue."""
+        for position, (id_, job) in enumerate(self._running):
+            if id_ in asked:
+                del self._running[position]
+                return job
+        for position, message in enumerate(self._queue):
+            if message.metadata.message_id in asked:
+                del self._queue[position]
+                return self._start(message)
+        return None
+
+    def _start(self, message: Message) -> Future[Message] | Message:
+        node = self._nodes[message.metadata.dst_node_id]
+        return self._pool.submit(_serve, message, node) if self._pool else message
+
     def _fill(self) -> None:
         """Keep a window of messages under way."""
         while self._queue and len(self._running) < self._window:
             message = self._queue.popleft()
-            node = self._nodes[message.metadata.dst_node_id]
-            job = self._pool.submit(_serve, message, node) if self._pool else message
-            self._running.append((message.metadata.message_id, job))
+            self._running.append((message.metadata.message_id, self._start(message)))
 
     def _perform(self, message: Message) -> Message:
         if self._app is None:

@@ -26,12 +26,15 @@ FORBIDDEN = {
 FLOWER_FILES = {
     "server/app.py",
     "server/courier.py",
+    "server/deployed.py",
+    "server/flower.py",
     "client/app.py",
+    "client/relay.py",
     "simulations/grid.py",
     "simulations/world.py",
     "simulations/flower.py",
 }
-FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if not path.name.endswith("_pb2.py"))
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "_pb2" not in path.name)
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -283,3 +283,38 @@ def test_a_full_disk_is_one_clear_line(table: dict[str, Any], tmp_path: Path, mo
     go(Weather(recipe, tmp_path / "devices"), recipe, out)
     go(Weather(recipe, tmp_path / "others"), recipe, tmp_path / "whole")
     assert final(out) == final(tmp_path / "whole")
+
+
+def test_buffered_rounds_do_not_wait_and_age_weighs(table: dict[str, Any], tmp_path: Path) -> None:
+    """Five devices, at least three updates a round: a device that was slow at first comes two versions late."""
+    recipe = config(table, server__mode="buffered", server__buffer=3, server__rounds=6, eval__every=3)
+    grid = Weather(recipe, tmp_path / "devices")
+
+    class SlowAtFirst(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.slow = {2} if record["round"] < 2 else set()
+
+    history = go(grid, recipe, tmp_path / "run", SlowAtFirst())
+    assert [record["updates"] for record in history[1:]] == [4, 4, 5, 5, 5, 5]  # all that one poll finds
+    assert [record["staleness"] for record in history[1:]] == [0, 0, 2 / 5, 0, 0, 0]
+    assert history[-1]["refused"] == 0
+    assert history[-1]["evaluation"]["loss"] < history[0]["evaluation"]["loss"]
+    assert [node for kind, node in grid.asked if kind == "train"].count(2) == 4  # not asked again while it was busy
+
+
+def test_buffered_rounds_go_on_after_a_crash(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = config(table, server__mode="buffered", server__buffer=2, server__rounds=4, eval__every=2)
+    with pytest.raises(CrashError):
+        go(Weather(recipe, tmp_path / "devices"), recipe, tmp_path / "run", CrashAt(3, "train", 1))
+    history = go(Weather(recipe, tmp_path / "devices"), recipe, tmp_path / "run")
+    assert [record["round"] for record in history] == [3, 4]
+    rounds = [json.loads(line)["round"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rounds == [0, 1, 2, 3, 4]
+
+
+def test_averages_of_weights_are_not_buffered(table: dict[str, Any], tmp_path: Path) -> None:
+    recipe = config(table, server__mode="buffered", strategy__name="fedit")
+    with pytest.raises(
+        ValueError, match=r"needs a strategy of changes \(fedloom, flora, fedkseed, sketch\), got 'fedit'"
+    ):
+        go(Weather(recipe, tmp_path / "devices"), recipe, tmp_path / "run")
