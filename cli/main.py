@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from fedloom.cli.bench.commands import app as bench
+from fedloom.cli.keys import app as keys
 
 app = typer.Typer(
     name="fedloom",
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(keys, name="keys")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
