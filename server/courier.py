@@ -84,7 +84,7 @@ class Mail:
 
     def send(self, parcels: Sequence[Parcel]) -> list[Reply]:
         """Hand parcels over; the replies are errors for those that Flower did not take."""
-        ids = self._grid.push_messages([_message(parcel, self._group) for parcel in parcels])
+        ids = self._grid.push_messages([to_message(parcel, self._group) for parcel in parcels])
         lost = []
         for id_, parcel in zip(ids, parcels, strict=True):
             if id_:
@@ -103,7 +103,7 @@ class Mail:
                 answered = self._waiting.pop(message.metadata.reply_to_message_id, None)
                 if answered is not None:
                     found = True
-                    yield _open(message, answered[0])
+                    yield to_reply(message, answered[0])
         for id_ in [id_ for id_, (_, until) in self._waiting.items() if time.monotonic() >= until]:
             found = True
             yield Reply(node=self._waiting.pop(id_)[0], error=f"no answer within {self._timeout:g} s")
@@ -111,12 +111,14 @@ class Mail:
             time.sleep(self._pause)
 
 
-def _message(parcel: Parcel, group: str) -> Message:
+def to_message(parcel: Parcel, group: str) -> Message:
+    """Flower's message for a parcel."""
     content = RecordDict({RECORD: ConfigRecord({FRAME: parcel.frame})})
     return Message(content, parcel.node, parcel.kind, group_id=group)
 
 
-def _open(message: Message, node: int) -> Reply:
+def to_reply(message: Message, node: int) -> Reply:
+    """The frame in an answer, or the reason why there is none."""
     if message.has_error():
         return Reply(node=node, error=f"Flower error {message.error.code}: {message.error.reason}")
     record = message.content.get(RECORD)

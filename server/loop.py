@@ -22,10 +22,10 @@ from typing import Any
 from fedloom.protocols.codec import decode_answer
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.messages import DeviceReport, Hello, Kind, ModelSpec, Refusal, Task, Update
-from fedloom.protocols.seeds import derive_seed
 from fedloom.server.buffered import Buffer
 from fedloom.server.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from fedloom.server.collect import Collection, Desk
+from fedloom.server.complete import complete
 from fedloom.server.courier import Courier, Parcel
 from fedloom.server.journal import Journal, close_journal
 from fedloom.server.ledger import Ledger
@@ -99,7 +99,7 @@ class Coordinator:
         history: list[dict[str, Any]] = []
         try:
             for round in range(done + 1, config.server.rounds + 1):
-                self._admit()
+                self._admit(state, round)
                 state, record = self._round(state, round)
                 for tracker in trackers:  # before the checkpoint: on resume, lines past it are dropped and come again
                     tracker.log(record)
@@ -127,11 +127,12 @@ class Coordinator:
             self._watcher.joined(report=hello.report)
         return roster
 
-    def _admit(self) -> None:
-        """See who is connected, and take in the devices that came since."""
+    def _admit(self, state: State, round: int) -> None:
+        """See who is connected, and take in the devices that came since; one that no task fits stays out."""
         hellos, _ = self._greet(self._roster.present(self._courier.nodes()))
         for node, hello in hellos.items():
             try:
+                self._strategy.plan(state, [replace(hello.report, version=0)], round)  # one that cannot be planned for
                 self._roster.join(node, hello)
                 self._watcher.joined(report=hello.report)
             except ValueError as error:
@@ -212,7 +213,7 @@ class Coordinator:
                     raise
                 log.warning("round %d is tried again: %s", round, error)
                 time.sleep(rules.retry_seconds)
-                self._admit()
+                self._admit(state, round)
         raise ValueError(f"retries must be >= 0, got {rules.retries}")
 
     def _merge(self, state: State, round: int, record: dict[str, Any]) -> State:
@@ -266,21 +267,7 @@ class Coordinator:
         return Journal(self._out / JOURNAL, round=round, kind=kind) if self._durable else None
 
     def _complete(self, task: Task) -> Task:
-        """Fill in what is not the strategy's business."""
-        config = self._config
-        evaluation = {"batch_size": config.eval.batch_size, "rouge": int(config.eval.rouge)}
-        evaluation["max_new_tokens"] = config.eval.max_new_tokens
-        knobs = training_knobs(config, task.round) if task.kind == Kind.TRAIN else evaluation
-        return replace(
-            task,
-            run=self._run,
-            nonce=derive_seed(self._run, "nonce", task.kind, task.round, task.device),
-            seed=derive_seed(config.seed, "task", task.round, task.device),
-            strategy=config.strategy.name,
-            tuner=task.tuner if config.train.tuner == "auto" else config.train.tuner,
-            wire=config.wire.up,
-            knobs={**knobs, **task.knobs},
-        )
+        return complete(task, self._config, run=self._run)
 
     def _evaluation_is_due(self, round: int) -> bool:
         every, last = self._config.eval.every, self._config.server.rounds
@@ -298,19 +285,6 @@ class Coordinator:
         )
         write_checkpoint(self._out / CHECKPOINTS, checkpoint, keep=self._config.server.keep_checkpoints)
         close_journal(self._out / JOURNAL)
-
-
-def training_knobs(config: RunConfig, round: int) -> dict[str, float | int | str]:
-    """What a device needs to be told of a recipe's training: what is not the default."""
-    train = config.train
-    told = train.model_dump(exclude={"tuner", "schedule"}, exclude_defaults=True)
-    if config.lora.dropout:
-        told["dropout"] = config.lora.dropout
-    if train.schedule == "constant":
-        return told
-    done = (round - 1) / config.server.rounds
-    share = 1 - done if train.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return told | {"lr": train.lr * share} | ({"zo_lr": train.zo_lr * share} if train.zo_lr else {})
 
 
 class TooFew(ValueError):  # noqa: N818 - what went wrong with a round, as one says it

@@ -47,7 +47,7 @@ def _means(total: Mapping[str, float]) -> dict[str, float]:
     means: dict[str, float] = {}
     for name, value in total.items():
         if name.endswith("_sum"):
-            count = total["tokens"] if name == "loss_sum" else total["n"]
+            count = total.get("tokens" if name == "loss_sum" else "n", 0.0)
             means[name.removesuffix("_sum")] = value / count if count else 0.0
     if total.get("tokens"):
         means["token_accuracy"] = total.get("token_hits", 0.0) / total["tokens"]

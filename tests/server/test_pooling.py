@@ -101,3 +101,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
     fleet = _fleet(8)
     assert interval(fleet, "loss", seed=3) == interval(fleet, "loss", seed=3)
     assert interval(fleet, "loss", seed=3) != interval(fleet, "loss", seed=4)
+
+
+def test_a_sum_that_nobody_counted_is_zero() -> None:
+    assert pool([{"x_sum": 1.0, "loss_sum": 2.0}]) == {"x": 0.0, "loss": 0.0}

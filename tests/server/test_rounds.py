@@ -318,3 +318,19 @@ def test_averages_of_weights_are_not_buffered(table: dict[str, Any], tmp_path: P
         ValueError, match=r"needs a strategy of changes \(fedloom, flora, fedkseed, sketch\), got 'fedit'"
     ):
         go(Weather(recipe, tmp_path / "devices"), recipe, tmp_path / "run")
+
+
+def test_a_late_device_that_no_task_fits_stays_out(table: dict[str, Any], tmp_path: Path) -> None:
+    """FFA shares one rank; a device that cannot train it would stop the round that plans for it."""
+    table["fleet"]["ranks"] = [8, 8, 8, 2, 8]
+    recipe = config(table, strategy__name="ffa", strategy__rank=8)
+    grid = Weather(recipe, tmp_path / "devices")
+    grid.away = {4}
+
+    class Opens(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.away = set()
+
+    history = go(grid, recipe, tmp_path / "run", Opens())
+    assert [record.get("updates") for record in history] == [None, 4, 4]
+    assert "device-03" not in history[-1]["devices"]
