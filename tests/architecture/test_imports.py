@@ -25,10 +25,13 @@ FORBIDDEN = {
 }
 FLOWER_FILES = {
     "server/app.py",
+    "server/control.py",
     "server/courier.py",
     "server/deployed.py",
+    "server/door.py",
     "server/flower.py",
     "client/app.py",
+    "client/agent/launcher.py",
     "client/relay.py",
     "simulations/grid.py",
     "simulations/world.py",
