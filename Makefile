@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 
 MAKEFLAGS += --no-builtin-rules
 
-.PHONY: help demo flower test check lint types test-slow bench proto docs clean
+.PHONY: help demo flower test check lint types test-slow test-deploy fuzz bench proto docs clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,13 @@ test-slow: $(VENV)/installed  ## What takes minutes: Flower's own engine, real d
 	$(BIN)/pytest -q -m slow
 	FEDLOOM_EXPLORE=1 $(BIN)/pytest -q -n 2 tests/strategies tests/protocols tests/simulations/test_partition.py
 
+test-deploy: $(VENV)/installed  ## SuperLink, SuperNodes and agents for real: TLS, keys, kills in every phase (half an hour)
+	$(BIN)/pytest -q -s -m deploy
+
+fuzz: $(VENV)/installed  ## A million inputs for every decoder and service (about an hour)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py --inputs 1000000
+
 bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
 	$(BIN)/python benchmarks/aggregate.py --layers 2
 	$(BIN)/python benchmarks/codec.py
@@ -57,6 +64,8 @@ bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
 	$(BIN)/fedloom bench rebuild --family rademacher
 	$(BIN)/fedloom bench step
 	$(BIN)/fedloom bench wire
+	$(BIN)/python benchmarks/server_memory.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/seeds.py demo --seeds 0 1 2 --plot docs/seeds-demo
 
 proto: $(VENV)/installed  ## Regenerate protocols/fedloom_pb2.py

@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 
 from fedloom.cli.bench.commands import app as bench
+from fedloom.cli.client import app as client
 from fedloom.cli.keys import app as keys
+from fedloom.cli.server import server
 
 app = typer.Typer(
     name="fedloom",
@@ -29,6 +31,8 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
+app.add_typer(client, name="client")
+app.command()(server)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 

@@ -11,12 +11,12 @@ from typing import Protocol
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedloom.client.refusals import refusal_frame
 from fedloom.protocols.codec import decode, encode
-from fedloom.protocols.messages import Hello, Refusal, Task, Update
+from fedloom.protocols.messages import Hello, Task, Update
 
 RECORD = "fedloom"  # the one record of every message, with the codec's bytes under this key:
 FRAME = "frame"
-LONGEST_REASON = 1000  # characters
 
 
 class Handler(Protocol):
@@ -71,9 +71,7 @@ def _perform(device: Handler, message: Message) -> bytes:
 
 
 def _refuse(error: ValueError, *, device: str, round: int) -> bytes:
-    """A Refusal whose reason fits the wire: one bounded line of plain text."""
-    reason = str(error).encode("utf-8", "replace").decode()[:LONGEST_REASON]
-    return encode(Refusal(device=device, round=round, reason=reason, version=getattr(error, "version", 0)))
+    return refusal_frame(str(error), device=device, round=round, version=getattr(error, "version", 0))
 
 
 def _reply(frame: bytes, message: Message) -> Message:

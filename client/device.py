@@ -66,6 +66,19 @@ class Device:
         )
         return Hello(report=report, spec=self._resident.spec)
 
+    def version(self, run: str) -> int:
+        """The newest version of a run's model that this device holds; 0 for the base."""
+        return self._store.newest_version(run)
+
+    def prepare(self) -> None:
+        """Tokenise the examples now: what is wrong with them is then said here, and not to a server.
+
+        Raises:
+            ValueError: for an example that cannot be used.
+        """
+        for kind in (kind for kind, examples in self._examples.items() if examples):
+            self._dataset(kind)
+
     def handle(self, task: Task) -> Update:
         """Do a task: bring the model up to date, set the adapter, train or evaluate, and answer.
 

@@ -23,6 +23,7 @@ from fedloom.client import kernels
 from fedloom.client.data import Dataset, batches
 from fedloom.client.parts import Part
 from fedloom.client.place import Place
+from fedloom.client.progress import report
 from fedloom.client.training import clip_gradient, forward_logits, loss_sum, make_optimizer, read_knobs
 from fedloom.client.zeroth_order import clip_scalars, read_exchange
 from fedloom.protocols.messages import Over, Scalars, Task
@@ -62,6 +63,7 @@ def subspace(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, Mappi
             total["tokens"] += tokens
             if not math.isfinite(total["loss_sum"]):
                 raise ValueError(f"training diverged: the loss of step {step + 1} is not finite, with lr {knobs.lr}")
+            report(step + 1, knobs.steps, total["loss_sum"] / total["tokens"])
             if exchange == "gradient":
                 continue
             clip_gradient(c.grad, knobs.clip)

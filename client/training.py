@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedloom.client.data import Batch, Dataset, batches
 from fedloom.client.model import Resident
+from fedloom.client.progress import report
 from fedloom.protocols.config import Train
 from fedloom.protocols.messages import Task
 from fedloom.protocols.seeds import derive_seed
@@ -120,6 +121,7 @@ def _steps(resident: Resident, stream: Iterable[Batch], flat: FlatParameters, kn
         clip_gradient(flat.grad, knobs.clip)
         optimizer.step()
         flat.grad.zero_()
+        report(step + 1, knobs.steps, total["loss_sum"] / total["tokens"])
     if not bool(torch.isfinite(flat.values).all()):
         raise ValueError(f"training diverged: the adapter is not finite after {knobs.steps} steps, with lr {knobs.lr}")
     return total

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from fedloom.client.data import Batch, Dataset, batches
 from fedloom.client.place import Place, pool_fill, sketch_fill
+from fedloom.client.progress import report
 from fedloom.client.training import forward_logits, loss_sum, read_knobs
 from fedloom.protocols.config import Train
 from fedloom.protocols.directions import pool_keys, sign_vector
@@ -128,6 +129,7 @@ def zeroth_order(place: Place, dataset: Dataset, task: Task) -> tuple[Scalars, M
             if exchange != "gradient":
                 for n in directions:
                     walk.move(n, float(values[n]))
+            report(step + 1, knobs.steps, total["loss_sum"] / total["tokens"])
     if exchange == "path":
         values = clip_scalars(values / ((knobs.zo_lr or knobs.lr) * knobs.steps), task.scalar_limit)
     return walk.scalars(values), total

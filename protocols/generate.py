@@ -1,4 +1,4 @@
-"""Generate fedloom_pb2.py and its stub from fedloom.proto, or check that the committed files are current.
+"""Generate the protobuf code from the .proto files, with its stubs, or check that the committed files are current.
 
     python -m fedloom.protocols.generate [--check]
 
@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-OUTPUTS = ("fedloom_pb2.py", "fedloom_pb2.pyi")
+MESSAGES = "fedloom.proto"  # what a server and its devices say to each other
+SERVICE = "agent.proto"  # what a device's agent answers on its socket
+OUTPUTS = ("fedloom_pb2.py", "fedloom_pb2.pyi", "agent_pb2.py", "agent_pb2.pyi", "agent_pb2_grpc.py")
 _STUB_HEADER = '# mypy: disable-error-code="type-arg"\n'  # protoc writes a bare Mapping
 
 
@@ -24,19 +26,24 @@ def generate() -> dict[str, str]:
     """The text of each generated file.
 
     Raises:
-        RuntimeError: where grpcio-tools is absent or refuses fedloom.proto.
+        RuntimeError: where grpcio-tools is absent or refuses a .proto file.
     """
     if importlib.util.find_spec("grpc_tools") is None:
         raise RuntimeError("generating protobuf code needs grpcio-tools: pip install -e '.[dev]'")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "grpc_tools.protoc", f"-Ifedloom/protocols={HERE}"]
-        command += [f"--python_out={folder}", f"--pyi_out={folder}", "fedloom/protocols/fedloom.proto"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"protoc must accept fedloom.proto, got: {done.stderr.strip()}")
+        outputs = [f"--python_out={folder}", f"--pyi_out={folder}"]
+        _protoc(*outputs, f"fedloom/protocols/{MESSAGES}", f"fedloom/protocols/{SERVICE}")
+        _protoc(f"--grpc_python_out={folder}", f"fedloom/protocols/{SERVICE}")
         made = Path(folder, "fedloom", "protocols")
         texts = {name: (made / name).read_text(encoding="utf-8") for name in OUTPUTS}
     return {name: _STUB_HEADER + text if name.endswith(".pyi") else text for name, text in texts.items()}
+
+
+def _protoc(*arguments: str) -> None:
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-Ifedloom/protocols={HERE}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"protoc must accept {MESSAGES} and {SERVICE}, got: {done.stderr.strip()}")
 
 
 def stale(fresh: dict[str, str], folder: Path = HERE) -> list[str]:

@@ -1,4 +1,4 @@
-"""The committed protobuf code is what fedloom.proto says."""
+"""The committed protobuf code is what the .proto files say."""
 
 from __future__ import annotations
 
@@ -20,12 +20,23 @@ def test_committed_code_is_current() -> None:
 
 
 @needs_tools
-def test_a_stale_file_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stale_file_of_either_proto_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fresh = generate.generate()
-    monkeypatch.setattr(generate, "generate", lambda: fresh | {"fedloom_pb2.py": "other"})
+    assert set(fresh) == set(generate.OUTPUTS)
+    other = fresh | {"fedloom_pb2.py": "other", "agent_pb2_grpc.py": "other"}
+    monkeypatch.setattr(generate, "generate", lambda: other)
     assert generate.main(["--check"]) == 1
-    message = "fedloom_pb2.py: not current; run `python -m fedloom.protocols.generate`\n"
+    message = "fedloom_pb2.py, agent_pb2_grpc.py: not current; run `python -m fedloom.protocols.generate`\n"
     assert capsys.readouterr().err == message
+
+
+@needs_tools
+def test_a_proto_that_protoc_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "SERVICE", "absent.proto")
+    with pytest.raises(RuntimeError, match=r"protoc must accept fedloom.proto and absent.proto, got: .*absent.proto"):
+        generate.generate()
 
 
 def test_missing_files_are_stale(tmp_path: Path) -> None:

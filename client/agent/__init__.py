@@ -1,0 +1,1 @@
+"""The resident agent: what a real device runs."""

@@ -1,0 +1,215 @@
+"""The model, kept warm: a process that holds it, started again whenever it ends, and asked for one thing at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from threading import Condition, Event, Thread
+from typing import Final
+
+from fedloom.client.agent import machine
+from fedloom.client.agent.answers import Answer
+from fedloom.client.agent.home import Home
+from fedloom.client.agent.model_process import ModelProcess, Ready, Said
+from fedloom.client.progress import Watch
+from fedloom.client.settings import DeviceSettings
+
+_LOADING: Final = 600.0  # seconds that a request waits for the model
+_QUICK: Final = 30.0  # seconds for what needs no model
+_GRACE: Final = 15.0  # seconds in which a stopped task must reach its next step
+_LOOK: Final = 0.2  # seconds between two looks at a task that runs
+_DELAYS: Final = (1.0, 60.0)  # seconds before a process is started again: at first, and at most
+
+
+class Refused(ValueError):  # noqa: N818 - an answer like any other, named for what it is
+    """The device says no; `version` is what it holds, where it was said."""
+
+    def __init__(self, reason: str, version: int | None = None) -> None:
+        super().__init__(reason)
+        self.version = version
+
+
+class WarmModel:
+    """Hands tasks to the process that holds the model, and sees to it that there is one."""
+
+    def __init__(self, settings: DeviceSettings, home: Home) -> None:
+        self._settings, self._home = settings, home
+        self._change, self._closing = Condition(), Event()
+        self._process: ModelProcess | None = None
+        self._ready = Ready()
+        self._failure = ""
+        self._keeper = Thread(target=self._keep, name="keep-model", daemon=True)
+
+    def start(self) -> Ready:
+        """Start the process and wait until the model is there.
+
+        Raises:
+            ValueError: when it cannot be loaded, and why.
+        """
+        self._keeper.start()
+        with self._change:
+            self._change.wait_for(lambda: bool(self._ready.identity or self._failure) or self._closing.is_set())
+            if self._failure:
+                self._closing.set()
+                raise ValueError(self._failure)
+            return self._ready
+
+    def close(self) -> None:
+        """End the process."""
+        self._closing.set()
+        with self._change:
+            self._change.notify_all()
+            process = self._process
+        if process is not None:
+            process.kill("the agent stops")
+        if self._keeper.is_alive():
+            self._keeper.join(timeout=10)
+
+    @property
+    def pid(self) -> int:
+        """The process that holds the model, or held it last; 0 before the first."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def failure(self) -> str:
+        """Why there is no model, in one line; empty while there is one, or one is being loaded."""
+        return self._failure
+
+    @property
+    def loading(self) -> bool:
+        return self._process is None or not self._process.said_ready.is_set()
+
+    def identity(self) -> str:
+        """A hash of what the answers depend on beside their tasks; waits for the model.
+
+        Raises:
+            Refused: when there is none.
+        """
+        self._model()
+        return self._ready.identity
+
+    def hello(self) -> Answer:
+        """The device's hello.
+
+        Raises:
+            Refused: when it cannot say it now.
+        """
+        return self._quick({"ask": "hello"})
+
+    def version(self, run: str) -> int:
+        """The version of a run's model that the device holds; 0 if it cannot say."""
+        if self.loading or self._failure:
+            return 0
+        try:
+            return int(self._quick({"ask": "version", "run": run}).about["version"])
+        except Refused:
+            return 0
+
+    def perform(self, frame: bytes, watch: Watch, halt: Callable[[], str]) -> Answer:
+        """Do a task.
+
+        Args:
+            watch: is told of every step.
+            halt: is asked now and then whether the task must end, and why.
+
+        Raises:
+            Refused: with the reason, whoever's it is: the device's, the rules', or that of a process that broke down.
+        """
+        process = self._model()
+        number, said = process.ask({"ask": "task"}, frame)
+        del frame
+        guard = _Guard(process, number, self._settings.rules.max_memory_mb, halt)
+        while True:
+            try:
+                message, answer = said.get(timeout=_LOOK)
+            except Empty:
+                guard.look()
+                continue
+            if message["say"] == "progress":
+                watch(message["step"], message["of"], message["loss"])
+                guard.look()
+                continue
+            process.forget(number)
+            if message["say"] == "done":
+                return Answer(frame=answer, about=message["about"])
+            if message.get("last"):
+                process.over.wait(_GRACE)  # so that the next request meets the process after it
+            raise Refused(guard.halted or message["reason"], message.get("version"))
+
+    def _quick(self, message: dict[str, str]) -> Answer:
+        process = self._model()
+        number, said = process.ask(dict(message))
+        try:
+            found, frame = _first(said)
+        finally:
+            process.forget(number)
+        if found["say"] != "done":
+            raise Refused(found["reason"])
+        return Answer(frame=frame, about=found["about"])
+
+    def _model(self) -> ModelProcess:
+        """The process, once its model is there."""
+
+        def settled() -> bool:
+            process = self._process
+            there = process is not None and process.said_ready.is_set() and not process.over.is_set()
+            return there or bool(self._failure) or self._closing.is_set()
+
+        with self._change:
+            if not self._change.wait_for(settled, _LOADING):
+                raise Refused(f"this device has not loaded its model within {_LOADING:g} s")
+            if self._closing.is_set() or self._process is None:
+                raise Refused("this device's agent stops")
+            if self._failure:
+                raise Refused("this device cannot load its model; its owner was told why")
+            return self._process
+
+    def _keep(self) -> None:
+        """See to it that there is a process with the model in it."""
+        first, most = _DELAYS
+        delay = first
+        while not self._closing.is_set():
+            process = ModelProcess(self._settings, self._home)
+            with self._change:
+                self._process = process
+            ready = process.ready() or Ready()
+            with self._change:
+                self._failure = "" if ready.identity else ready.reason
+                self._ready = ready
+                self._change.notify_all()
+            delay = first if ready.identity else min(2 * delay, most)
+            if self._closing.is_set():
+                process.kill("the agent stops")
+            process.over.wait()
+            self._closing.wait(delay)
+
+
+class _Guard:
+    """Looks after one task: its memory, and whether it may go on."""
+
+    def __init__(self, process: ModelProcess, number: int, limit_mb: int, halt: Callable[[], str]) -> None:
+        self._process, self._number, self._limit_mb, self._halt = process, number, limit_mb, halt
+        self.halted = ""  # why the task was told to end
+        self._next, self._until = 0.0, 0.0
+
+    def look(self) -> None:
+        """Look, if it is time to."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _LOOK
+        if self._limit_mb and machine.resident_bytes(self._process.pid) > self._limit_mb * 10**6:
+            self._process.kill(f"the task needs more memory than the {self._limit_mb} MB that this device allows")
+        if not self.halted and (reason := self._halt()):
+            self.halted, self._until = reason, now + _GRACE
+            self._process.stop(self._number)
+        elif self.halted and now > self._until:
+            self._process.kill(self.halted)
+
+
+def _first(said: SimpleQueue[Said]) -> Said:
+    try:
+        return said.get(timeout=_QUICK)
+    except Empty:
+        raise Refused("this device is too busy to answer") from None

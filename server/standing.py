@@ -1,0 +1,54 @@
+"""OUT/serverapp.json: where the ServerApp stands, said by itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from fedloom.server.disk import write_whole
+
+STANDING_FILE = "serverapp.json"
+
+
+class Stage(StrEnum):
+    """What it does, or how it ended."""
+
+    STARTED = "started"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A ServerApp's process (`created` in Unix seconds), Flower's number of its run, and its stage.
+
+    Attributes:
+        connected, needed: while waiting, devices that are here and that it waits for.
+        error, kind: of a failed one, what went wrong in one line, and the exception's name.
+    """
+
+    pid: int
+    created: float
+    run_id: int
+    stage: Stage
+    connected: int = 0
+    needed: int = 0
+    error: str = ""
+    kind: str = ""
+
+
+def write_standing(out: Path, standing: Standing) -> None:
+    write_whole(out / STANDING_FILE, json.dumps(asdict(standing)).encode())
+
+
+def read_standing(out: Path) -> Standing | None:
+    """What the last ServerApp said; None where none has said anything, or nothing that can be read."""
+    try:
+        table = json.loads((out / STANDING_FILE).read_bytes())
+        return Standing(**{**table, "stage": Stage(table["stage"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

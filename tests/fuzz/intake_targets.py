@@ -1,0 +1,272 @@
+"""What a server lets in: an answer to a task, and a device's first words.
+
+A refused answer changes nothing but what is counted. An accepted one is an answer to its task that the strategy can
+merge beside a good one, into a state that goes out again; and merging leaves the state that it began with alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, cast
+
+import corpus
+import numpy as np
+from targets import MIB, Broken, Havoc, Target, one_line, same
+from wire_targets import mutate_frame
+
+from fedloom.protocols.codec import TaskEncoder, decode_answer, encode
+from fedloom.protocols.config import RunConfig
+from fedloom.protocols.messages import (
+    DeviceReport,
+    Hello,
+    Kind,
+    MatrixSpec,
+    ModelSpec,
+    Over,
+    Payload,
+    Refusal,
+    Scalars,
+    Task,
+    Update,
+)
+from fedloom.protocols.seeds import draw_indices
+from fedloom.server.collect import Desk, Reception
+from fedloom.server.courier import Courier, Reply
+from fedloom.server.intake import check_update
+from fedloom.server.ledger import Ledger
+from fedloom.server.pooling import pool
+from fedloom.server.roster import Roster
+from fedloom.server.watch import Silent
+from fedloom.strategies.base import Scaling, State, Strategy
+from fedloom.strategies.ffa import drop_a
+from fedloom.strategies.registry import build
+
+SPEC: Final = ModelSpec(
+    base_hash="5e" * 32,
+    matrices={"q": MatrixSpec(d_out=6, d_in=5), "c": MatrixSpec(d_out=5, d_in=7, kind="conv1d")},
+    dense={"head": (2, 3)},
+)
+RUN: Final = "0123abcd"
+DEVICES: Final = [DeviceReport(device=name, examples=9, rank=2) for name in ("hospital-a", "hospital-b")]
+OPTIONS: Final[dict[str, dict[str, Any]]] = {  # small subspaces, so that an input costs little
+    "fedloom": {},
+    "flora": {},
+    "flexlora": {},
+    "hetlora": {},
+    "fedit": {},
+    "ffa": {},
+    "local": {},
+    "fedkseed": {"k": 32},
+    "fedkseed_pro": {"k": 32},
+    "decomfl": {"k": 32},
+    "sketch": {"k": 32},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A strategy in the middle of a run: its state, the task of one device, and good answers of both."""
+
+    strategy: Strategy
+    state: State
+    task: Task
+    good: Update
+    other: Update
+
+
+def _complete(task: Task, number: int) -> Task:
+    return replace(task, run=RUN, nonce=1000 + number, seed=2000 + number, strategy="x", wire="fp32")
+
+
+def answer(task: Task, seed: int) -> Update:
+    """What a device that does what it is asked would send."""
+    update = Update(
+        device=task.device,
+        round=task.round,
+        examples=9,
+        kind=task.kind,
+        run=task.run,
+        nonce=task.nonce,
+        metrics={"loss_sum": 3.0, "tokens": 6.0, "exact_match_sum": 1.0, "n": 2.0},
+    )
+    if not task.send or task.kind != Kind.TRAIN:
+        return update
+    if task.subspace is not None:
+        return replace(update, payload=Payload(scalars=_scalars(task, seed)))
+    payload = corpus.model_payload(SPEC, task.rank, seed=seed)
+    factors = {name: replace(f, alpha=task.alpha, rslora=task.rslora) for name, f in payload.factors.items()}
+    payload = replace(payload, factors=factors)
+    return replace(update, payload=payload if task.train_a else drop_a(payload))
+
+
+def _scalars(task: Task, seed: int) -> Scalars:
+    subspace = task.subspace
+    if subspace is None:
+        raise ValueError("a task must have a subspace to be answered by scalars")
+    values = np.linspace(-1, 1, 6).astype(np.float32) * np.float32(task.scalar_limit or 0.01)
+    if subspace.family == "sketch":
+        return Scalars(over=Over.STEPS, k=subspace.k, values=values, seed=task.seed)
+    listed = task.start.scalars
+    draw_seed = int(task.knobs.get("draw_seed", seed))
+    indices = draw_indices(draw_seed, subspace.k, 6) if listed is None else listed.drawn()[:6]
+    return Scalars(over=Over.POOL, k=subspace.k, values=values[: len(indices)], indices=indices)
+
+
+@functools.cache
+def cases() -> tuple[Case, ...]:
+    """Training in every strategy, in the first round and in a later one, and an evaluation."""
+    made: list[Case] = []
+    for name, options in OPTIONS.items():
+        strategy = build(name, options, Scaling())
+        state = strategy.init(SPEC, 0, DEVICES)
+        for round in (1, 2):
+            tasks = [_complete(task, number) for number, task in enumerate(strategy.plan(state, DEVICES, round))]
+            good, other = (answer(task, seed) for seed, task in enumerate(tasks))
+            made.append(Case(strategy=strategy, state=state, task=tasks[0], good=good, other=other))
+            state = strategy.aggregate(state, [good, other])
+        evaluation = [_complete(task, 9) for task in strategy.plan_evaluation(state, DEVICES, 2)]
+        if name == "fedloom":
+            good, other = (answer(task, 0) for task in evaluation)
+            made.append(Case(strategy=strategy, state=state, task=evaluation[0], good=good, other=other))
+    return tuple(made)
+
+
+def digest(state: State) -> str:
+    """Of all that a state holds."""
+    whole = hashlib.sha256(json.dumps([state.version, state.meta], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(state.tensors.items()):
+        whole.update(f"{name}|{tensor.dtype}|{tensor.shape}|".encode() + np.ascontiguousarray(tensor).tobytes())
+    return whole.hexdigest()
+
+
+def _desk() -> Desk:
+    roster = Roster({number: Hello(report=report, spec=SPEC) for number, report in enumerate(DEVICES)})
+    courier = cast(Courier, None)  # answers are handed in, nothing is sent
+    return Desk(config=RunConfig(), courier=courier, roster=roster, ledger=Ledger(), watcher=Silent())
+
+
+def _check_intake(data: bytes) -> None:
+    """The number of a case, then an answer to its task."""
+    case, frame = cases()[data[0] % len(cases()) if data else 0], data[1:]
+    desk, before = _desk(), digest(case.state)
+    reception = Reception(desk, case.task.kind)
+    standing = desk.roster.to_json()
+    update = reception.receive(case.task, Reply(node=0, frame=frame))
+    same("bytes counted", desk.ledger.up, len(frame))
+    if update is None:
+        _check_refused(desk, reception, case, standing, frame)
+        same("the state after a refusal", digest(case.state), before)
+        raise ValueError(reception.refusals[0])
+    reception.accept(case.task, update, size=len(frame))
+    _check_accepted(case, update)
+    same("the state after a round", digest(case.state), before)
+
+
+def _check_refused(desk: Desk, reception: Reception, case: Case, standing: Mapping[str, Any], frame: bytes) -> None:
+    same("refusals", (len(reception.refusals), desk.ledger.refused), (1, 1))
+    one_line(ValueError(reception.refusals[0]))
+    now = {name: values[:2] for name, values in desk.roster.to_json().items()}
+    wanted = {name: values[:2] for name, values in standing.items()}
+    if now != wanted:  # a device that says no tells which version it holds
+        refusal = decode_answer(frame, (Update, Refusal), limit=len(frame))
+        same("what a refusal may change", now, wanted | {case.task.device: [getattr(refusal, "version", None), 0]})
+
+
+def _check_accepted(case: Case, update: Update) -> None:
+    task = case.task
+    for name in ("device", "round", "run", "kind", "nonce"):
+        same(f"an accepted update's {name}", getattr(update, name), getattr(task, name))
+    check_update(update, task, SPEC)
+    metrics = pool([update.metrics, case.other.metrics])
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise Broken(f"pooled metrics must be finite, got {metrics} from {dict(update.metrics)}")
+    if task.kind != Kind.TRAIN:
+        return
+    try:
+        state = case.strategy.aggregate(case.state, [update, case.other])
+        tasks = [_complete(task, 0) for task in case.strategy.plan(state, DEVICES, task.round + 1)]
+        for coming in tasks:
+            TaskEncoder("fp32").encode(coming)
+    except ValueError as error:
+        raise Broken(f"an accepted update must not stop a round, got {error}") from error
+    for name, tensor in state.tensors.items():
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            raise Broken(f"tensors of a state must be finite, got NaN or infinity in {name}")
+
+
+def _intake_seeds() -> list[bytes]:
+    return [
+        bytes([number]) + encode(answer, wire=wire, seed=1)
+        for number, case in enumerate(cases())
+        for answer in (case.good, Refusal(device=case.task.device, round=case.task.round, reason="no", version=1))
+        for wire in ("fp32", "int8")
+    ]
+
+
+def _mutate_intake(data: bytes, rng: random.Random, havoc: Havoc) -> bytes:
+    """Mostly the fields that an attacker would change; now and then another case's answer."""
+    if rng.random() < 0.03:
+        return bytes([rng.randrange(len(cases()))]) + data[1:]
+    kind = Refusal if len(data) > 7 and data[7] == 4 else Update
+    return data[:1] + mutate_frame(data[1:], rng, havoc, kind)
+
+
+def _check_greeting(data: bytes) -> None:
+    """A device's first words to a run that has begun: whoever is let in can be sent tasks."""
+    answer = decode_answer(data, (Hello, Refusal), limit=1 << 20)
+    if isinstance(answer, Refusal):
+        raise ValueError(answer.reason.replace("\n", " ") or "no")
+    roster = _desk().roster
+    before = (roster.reports(), roster.spec)
+    try:
+        roster.join(7, answer)
+    except ValueError:
+        same("a roster that refuses", (roster.reports(), roster.spec), before)
+        raise
+    for case in cases()[::2]:
+        round = case.task.round
+        case.strategy.plan(case.state, [answer.report], round)  # may say no to this one
+        tasks = case.strategy.plan(case.state, roster.reports(), round)
+        for task in (*tasks, *case.strategy.plan_evaluation(case.state, roster.reports(), round)):
+            try:
+                TaskEncoder("fp32").encode(_complete(task, 0))
+            except ValueError as error:
+                raise Broken(f"a task for a device that was let in must travel, got {error}") from error
+
+
+def _greetings() -> list[bytes]:
+    newcomer = replace(DEVICES[0], device="hospital-c")
+    ours = [Hello(report=replace(newcomer, rank=rank, version=rank), spec=SPEC) for rank in (1, 2)]
+    return corpus.frames([*ours, *corpus.hellos(), *corpus.refusals()])
+
+
+def targets(folder: Path) -> dict[str, Target]:
+    """Nothing here touches files."""
+    logging.getLogger("fedloom.server").setLevel(logging.ERROR)
+    made = [
+        Target(
+            name="intake",
+            check=_check_intake,
+            seeds=_intake_seeds,
+            mutate=_mutate_intake,
+            seconds=3.0,
+            memory=280 * MIB,
+        ),
+        Target(
+            name="greeting",
+            check=_check_greeting,
+            seeds=_greetings,
+            mutate=functools.partial(mutate_frame, kind=Hello),
+            seconds=2.0,
+            memory=64 * MIB,
+        ),
+    ]
+    return {target.name: target for target in made}
