@@ -48,13 +48,14 @@ def read_mask(path: Path) -> tuple[dict[str, Tensor], str]:
     """
     try:
         mask = dict(sorted(load_file(path).items()))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.mask must be a file that `fedloom mask` made, got {str(path)!r}: {error}") from None
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"model.mask must be a file that `fedloom mask` made, got {str(path)!r}: {problem}") from None
     if not mask:
         raise ValueError(f"model.mask must be a file that `fedloom mask` made, got {str(path)!r}, which is empty")
     for name, index in mask.items():
         rising = index.dtype == torch.int64 and index.ndim == 1 and len(index) and bool((index.diff() > 0).all())
-        if not rising:
+        if not (rising and int(index[0]) >= 0):
             raise ValueError(
                 f"a mask of {name} must hold ascending int64 places, got {index.dtype} {list(index.shape)}"
             )

@@ -31,15 +31,23 @@ def read_examples(path: Path, *, task: Literal["causal", "classify"], key: str =
     try:
         for line, row in rows:
             examples.append(_example(row, task, key, f"{path}, line {line}"))
+            _check_text(examples[-1], f"{path}, line {line}")
             if limit and len(examples) == limit:
                 break
     except OSError as error:
         raise ValueError(f"data file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise ValueError(f"data file {path} must be UTF-8 text: {error}") from None
     if not examples:
         raise ValueError(f"data file {path} must hold at least one example, got none")
     return examples
+
+
+def _check_text(example: Example, where: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    for text in (example.prompt, example.completion, example.label, example.owner):
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"{where} must hold Unicode text, got a lone surrogate in {text[:80]!r}")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -57,7 +65,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} must be a JSON object: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}")

@@ -6,6 +6,7 @@ from typing import Final
 
 from fedloom.protocols.codec import encode
 from fedloom.protocols.messages import Refusal
+from fedloom.protocols.validate import one_line
 
 LONGEST_REASON: Final = 1000  # characters
 NOT_NOW: Final = "not now: "  # begins the reasons that pass by themselves, or when the device's owner says so
@@ -13,5 +14,5 @@ NOT_NOW: Final = "not now: "  # begins the reasons that pass by themselves, or w
 
 def refusal_frame(reason: str, *, device: str, round: int = 0, version: int = 0) -> bytes:
     """A Refusal whose reason fits the wire."""
-    line = " ".join(reason.encode("utf-8", "replace").decode().split())[:LONGEST_REASON]
+    line = one_line(reason)[:LONGEST_REASON]
     return encode(Refusal(device=device, round=round, reason=line, version=version))

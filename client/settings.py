@@ -175,10 +175,17 @@ def _absolute(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         for section in sections:
             inner = inner.get(section) or {}
         if isinstance(inner, dict) and isinstance(inner.get(key), str) and inner[key]:
-            inner[key] = str(folder / Path(inner[key]).expanduser())
+            inner[key] = _placed(inner[key], folder)
     model = copy.get("model")
     if isinstance(model, dict) and str(model.get("path", "")).startswith(("./", "../")):
         model["path"] = str(folder / model["path"])
     if str(copy.get("recipe", "")).endswith(".toml"):
-        copy["recipe"] = str(folder / Path(copy["recipe"]).expanduser())
+        copy["recipe"] = _placed(copy["recipe"], folder)
     return copy
+
+
+def _placed(text: str, folder: Path) -> str:
+    try:
+        return str(folder / Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError(f"{WHAT}: the home folder in {text[:80]!r} must be one of this machine's") from None

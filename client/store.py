@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ COEFFICIENTS_KEPT = WINDOW  # of coefficients, which are small: as far back as a
 STATES_KEPT = 2
 HELD_FILE = "held.json"
 CACHED = 4  # patches in memory, shared by the devices of a process
+_LINEAGE = re.compile("[0-9a-f]{20}")
 
 
 class StaleVersion(ValueError):  # noqa: N818 - a refusal, named for what the server does about it
@@ -69,7 +71,7 @@ class DeviceStore:
 
         Raises:
             StaleVersion: when the patch builds on a version that this device does not hold.
-            ValueError: for a patch of another base, or a corrupted file.
+            ValueError: for a patch of another base, one that does not fit the model, or a corrupted file.
         """
         if patch is None:
             return Held(version=0)
@@ -77,6 +79,7 @@ class DeviceStore:
             raise ValueError(
                 f"the patch must be for this device's base {spec.base_hash[:12]}, got one for {patch.base_hash[:12]}"
             )
+        _check_fits(patch.payload, spec)
         if patch.version == 0:
             return Held(version=0)
         before = self._lineages(run).get(patch.since, "") if patch.since else "base"
@@ -108,7 +111,7 @@ class DeviceStore:
         if round < 1 or not path.exists():
             return None
         payload, _, meta = read_payload(path)
-        return payload if meta["run"] == run else None
+        return payload if meta.get("run") == run else None
 
     def save_state(self, round: int, run: str, payload: Payload) -> None:
         """Keep the adapter of a round and of the one before; later rounds, of a run that went back, are dropped."""
@@ -123,10 +126,13 @@ class DeviceStore:
         try:
             noted = json.loads((self.state_dir / HELD_FILE).read_text(encoding="utf-8"))
             known: dict[int, str] = {int(version): str(lineage) for version, lineage in noted["lineages"].items()}
+            for version, lineage in known.items():
+                if version < 0 or not _LINEAGE.fullmatch(lineage):
+                    raise ValueError(f"a version must have the name of its file, got {version}: {lineage[:40]!r}")
             return known if run in (None, noted["run"]) else {}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.state_dir / HELD_FILE} is corrupted: {error}") from None
 
     def _hold(self, run: str, version: int, lineage: str) -> None:
@@ -176,6 +182,21 @@ class DeviceStore:
 
     def _patch_path(self, version: int, lineage: str) -> Path:
         return self.patch_dir / f"v{version}-{lineage}.safetensors"
+
+
+def _check_fits(payload: Payload, spec: ModelSpec) -> None:
+    """Raise ValueError unless the model has all that a patch adds to, in its shapes: before any of it is kept."""
+    if payload.scalars is not None:
+        raise ValueError("a patch must carry no scalars")
+    shapes: list[tuple[str, tuple[int, ...]]] = [(name, array.shape) for name, array in payload.dense.items()]
+    shapes += [(name, (factor.b.shape[0], factor.a.shape[1])) for name, factor in payload.factors.items()]
+    for name, shape in shapes:
+        matrix = spec.matrices.get(name)
+        wanted = (matrix.d_out, matrix.d_in) if matrix else spec.dense.get(name)
+        if wanted is None:
+            raise ValueError(f"a patch must name what the model has, got {name[:80]!r}")
+        if shape != wanted:
+            raise ValueError(f"a patch of {name} must have shape {list(wanted)}, got {list(shape)}")
 
 
 def _lineage(run: str, before: str, patch: Patch) -> str:

@@ -1,6 +1,7 @@
 """A payload (and rows beside it) as one safetensors file: written whole or not at all, its metadata in the header.
 
 Tensors: `a/{module}`, `b/{module}`, `dense/{name}` and `coefficients` (int64) of the payload, `warm/{module}` beside.
+The header also holds a digest of all of it, so that a damaged file is noticed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedloom.protocols import validate
 from fedloom.protocols.messages import Array, Coefficients, LowRank, Payload
 from fedloom.strategies.coefficients import subspace_from
 
@@ -51,8 +53,16 @@ def write_payload(path: Path, payload: Payload, warm: Mapping[str, Array], meta:
     if payload.coefficients is not None:
         contiguous["coefficients"] = np.ascontiguousarray(payload.coefficients.steps, np.int64)
         about |= {"subspace": asdict(payload.coefficients.subspace), "exponent": payload.coefficients.exponent}
-    frame = save(contiguous, metadata={"fedloom": json.dumps(about, sort_keys=True)})
-    write_whole(path, frame)
+    text = json.dumps(about, sort_keys=True)
+    write_whole(path, save(contiguous, metadata={"fedloom": text, "digest": _digest(contiguous, text)}))
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]], text: str) -> str:
+    whole = hashlib.blake2b(text.encode(), digest_size=32)
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"|{name}|{tensor.dtype.str}|{tensor.shape}|".encode())
+        whole.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    return whole.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -70,35 +80,42 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(json.loads((file.metadata() or {})["fedloom"]))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of this device's store, or corrupted: {error}") from None
-
-
 def read_payload(path: Path) -> tuple[Payload, dict[str, Array], dict[str, Any]]:
     """A payload, its warm rows and its metadata.
 
     Raises:
         ValueError: for a corrupted file, naming it.
     """
-    meta = read_header(path)
     try:
         with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        factors = {
-            name: LowRank(b=tensors[f"b/{name}"], a=tensors[f"a/{name}"], alpha=alpha, rslora=rslora)
-            for name, (alpha, rslora) in meta["scales"].items()
-        }
-        coefficients = None
-        if "subspace" in meta:
-            steps = tensors["coefficients"].astype(np.int64)
-            subspace = subspace_from(meta["subspace"])
-            coefficients = Coefficients(subspace=subspace, exponent=meta["exponent"], steps=steps)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is corrupted: {error}") from None
+        if _digest(tensors, header["fedloom"]) != header["digest"]:
+            raise ValueError("its content must have the digest that it names")
+        meta = dict(json.loads(header["fedloom"]))
+        payload, warm = _parted(tensors, meta)
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a file of this device's store, or corrupted: {problem}") from None
+    return payload, warm, meta
+
+
+def _parted(tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> tuple[Payload, dict[str, Array]]:
+    """The payload and the warm rows in a file's tensors."""
+    for name, tensor in tensors.items():
+        wanted = np.int64 if name == "coefficients" else np.float32
+        if tensor.dtype != wanted:
+            raise ValueError(f"{name} must be {np.dtype(wanted)}, got {tensor.dtype}")
+    factors = {
+        name: LowRank(b=tensors[f"b/{name}"], a=tensors[f"a/{name}"], alpha=alpha, rslora=rslora)
+        for name, (alpha, rslora) in meta["scales"].items()
+    }
+    coefficients = None
+    if "subspace" in meta:
+        subspace = subspace_from(meta["subspace"])
+        coefficients = Coefficients(subspace=subspace, exponent=meta["exponent"], steps=tensors["coefficients"])
     dense = {name.removeprefix("dense/"): array for name, array in tensors.items() if name.startswith("dense/")}
     warm = {name.removeprefix("warm/"): array for name, array in tensors.items() if name.startswith("warm/")}
-    return Payload(factors=factors, dense=dense, coefficients=coefficients), warm, meta
+    payload = Payload(factors=factors, dense=dense, coefficients=coefficients)
+    validate.check_payload("the payload", payload)
+    return payload, warm

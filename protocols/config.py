@@ -252,7 +252,7 @@ def _literal(text: str) -> Any:
     """The TOML value that `text` spells, or the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

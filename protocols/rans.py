@@ -64,7 +64,7 @@ def rans_decode(data: memoryview, table: bytes, count: int) -> tuple[Symbols, in
     total = before[-1]
     least, place = total << _HEADROOM, _state_bytes(total)
     state = int.from_bytes(data[:place], "big")
-    if not total or not least <= state < least << 8:
+    if not total or len(data) < place or not least <= state < least << 8:
         raise ValueError(f"coded symbols must begin with a state in {least}..{(least << 8) - 1}, got {state}")
     symbols = list[int]()
     for _ in range(count):

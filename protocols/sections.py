@@ -6,14 +6,18 @@ Recipes (config.py), a server's settings and a device's are all made of `Section
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_args
+from typing import Any, Final, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 T = TypeVar("T", bound=BaseModel)
+
+LARGEST_FILE: Final = 2**20  # bytes
+MOST_PARTS: Final = 16  # of a dotted key: reading one takes memory that grows with their square
 
 
 class Section(BaseModel):
@@ -35,11 +39,15 @@ def build_section(schema: type[T], table: Mapping[str, Any], what: str) -> T:
     Raises:
         ValueError: one line that names the key, what it must be and what was got.
     """
-    _known_keys(table, (), schema, what)
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{what} must be a table, got {type(table).__name__}")
     try:
+        _known_keys(table, (), schema, what)
         return schema.model_validate(dict(table))
     except ValidationError as error:
         raise ValueError(_in_one_line(error, what)) from None
+    except RecursionError:
+        raise ValueError(f"{what} must not be nested so deeply") from None
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -49,11 +57,28 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         ValueError: for a missing file or malformed TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE + 1).decode("utf-8")
+        if len(text) > LARGEST_FILE:
+            raise ValueError(f"it must be <= {LARGEST_FILE} bytes")
+        if _is_deep(text):
+            raise ValueError(f"no key may have more than {MOST_PARTS} parts")
+        return tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"{what} {path} must not be nested so deeply") from None
+    except ValueError as error:
         raise ValueError(f"{what} {path} is not TOML: {error}") from None
+
+
+def _is_deep(text: str) -> bool:
+    """Whether a key or a table's name has too many parts; what stands in values does not count."""
+    for line in text.splitlines():
+        keys = line.split("=")[:-1] + ([line] if line.lstrip().startswith("[") else [])
+        if any(re.split("[,{]", key)[-1].count(".") >= MOST_PARTS for key in keys):
+            return True
+    return False
 
 
 def _known_keys(table: Mapping[str, Any], where: tuple[str, ...], schema: type[BaseModel], what: str) -> None:

@@ -103,6 +103,10 @@ def unpack_payload(header: pb.Payload, data: memoryview, where: str) -> tuple[Pa
     arrays, left = list[Float32](), mine
     for plan in plans:
         arrays.append(plan.read(left))
+        if any(left[plan.stored : plan.padded]):
+            raise ValueError(
+                f"what pads {plan.label} of {where} must be zeros, got {bytes(left[plan.stored : plan.padded])!r}"
+            )
         left = left[plan.padded :]
     values = iter(arrays)
     factors = {

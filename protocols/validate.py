@@ -39,16 +39,24 @@ MAX_SCALARS: Final = 2**22
 MAX_DIRECTIONS: Final = 2**20  # of a subspace, as in directions.check_k
 STEP_LIMIT: Final = 2**53  # |steps| of coefficients stay below it
 EXPONENTS: Final = (-1074, 1024)  # powers of two that are finite float64, subnormal ones included
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def one_line(value: str) -> str:
+    """A text as `text` takes it, whatever it was: in one line, without control characters, cut to MAX_TEXT."""
+    return " ".join(_CONTROL.sub(" ", value.encode("utf-8", "replace").decode()).split())[:MAX_TEXT]
 
 
 def text(where: str, value: object) -> None:
-    """Raise ValueError unless `value` is a string of Unicode text, not longer than MAX_TEXT."""
+    """Raise ValueError unless `value` is one line of Unicode text, not longer than MAX_TEXT."""
     if not isinstance(value, str):
         raise ValueError(f"{where} must be a string, got {value!r}")
     if len(value) > MAX_TEXT:
         raise ValueError(f"{where} must be <= {MAX_TEXT} characters, got {len(value)}")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise ValueError(f"{where} must be Unicode text, got a lone surrogate in {value!r}")
+    if _CONTROL.search(value):  # names and reasons go into logs and onto screens as they are
+        raise ValueError(f"{where} must be one line without control characters, got {value!r}")
 
 
 def integer(where: str, value: object, limit: int = COUNT_LIMIT, *, least: int = 0) -> None:
@@ -94,7 +102,8 @@ def names(where: str, entries: Iterable[str], count: int) -> None:
         seen.add(name)
 
 
-def _payload(where: str, payload: Payload) -> None:
+def check_payload(where: str, payload: Payload) -> None:
+    """Raise ValueError on the first part of a payload that breaks its bounds."""
     tensors = 2 * len(payload.factors) + len(payload.dense)
     if tensors > MAX_ENTRIES:
         raise ValueError(f"{where} must have <= {MAX_ENTRIES} tensors, got {tensors}")
@@ -201,7 +210,7 @@ def _patch(patch: Patch) -> None:
     integer("patch.version", patch.version)
     if patch.since > patch.version:
         raise ValueError(f"patch.since must be <= patch.version, got {patch.since} and {patch.version}")
-    _payload("patch.payload", patch.payload)
+    check_payload("patch.payload", patch.payload)
 
 
 def check_task(task: Task) -> None:
@@ -227,7 +236,7 @@ def check_task(task: Task) -> None:
     positive("task.alpha", task.alpha)
     known_wire(task.wire)
     _knobs("task.knobs", task.knobs)
-    _payload("task.start", task.start)
+    check_payload("task.start", task.start)
     if task.patch is not None:
         _patch(task.patch)
     if task.subspace is not None:
@@ -252,7 +261,7 @@ def check_update(update: Update) -> None:
     if update.cost.seconds < 0:
         raise ValueError(f"update.cost.seconds must be >= 0, got {update.cost.seconds}")
     integer("update.cost.peak_rss_bytes", update.cost.peak_rss_bytes)
-    _payload("update.payload", update.payload)
+    check_payload("update.payload", update.payload)
 
 
 def _spec(spec: ModelSpec) -> None:

@@ -1,13 +1,12 @@
 """Checkpoints: one folder a round, state.safetensors beside run.json, whole or not there at all.
 
-A checkpoint is written into a hidden folder, flushed to disk and renamed; run.json names the SHA-256 of the tensors,
-so that a torn or altered file is noticed. The newest checkpoint that reads well is the one that counts.
+A checkpoint is written into a hidden folder, flushed to disk and renamed; run.json names the SHA-256 of the tensors and
+its own, so that a torn or altered file is noticed. The newest checkpoint that reads well is the one that counts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedloom.protocols.messages import ModelSpec
-from fedloom.server.disk import flush_folder, write_flushed
+from fedloom.server.disk import flush_folder, sealed, unsealed, write_flushed
 from fedloom.strategies.base import State
 from fedloom.strategies.packing import spec_from_meta, spec_to_meta
 
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> 
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     write_flushed(draft / "state.safetensors", tensors)
-    write_flushed(draft / "run.json", json.dumps(about, indent=1, sort_keys=True).encode())
+    write_flushed(draft / "run.json", sealed(about))
     if final.exists():
         shutil.rmtree(final)
     os.replace(draft, final)
@@ -76,11 +76,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ValueError: when a file is missing, torn or altered.
     """
     try:
-        about = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        about = unsealed((path / "run.json").read_bytes())
         tensors = (path / "state.safetensors").read_bytes()
         digest = hashlib.sha256(tensors).hexdigest()
         if digest != about["sha256"]:
             raise ValueError(f"tensors must have SHA-256 {about['sha256'][:12]}, got {digest[:12]}")
+        if not all(type(about[name]) is int for name in ("round", "version", "refused")):
+            raise ValueError("its round, version and refused must be whole numbers")
         return Checkpoint(
             run=about["run"],
             round=about["round"],
@@ -90,8 +92,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             ledger=about["ledger"],
             refused=about["refused"],
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read: {error}") from None
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"checkpoint {path} cannot be read: {problem}") from None
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:

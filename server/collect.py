@@ -65,7 +65,7 @@ class Reception:
         answer = decode_answer(frame, (Update, Refusal), limit=self._desk.config.wire.limit_mb * 2**20)
         if isinstance(answer, Refusal):
             self._desk.roster.saw(task.device, version=answer.version)
-            raise ValueError(f"the device declined: {answer.reason}")
+            raise ValueError(f"the device declined: {' '.join(answer.reason.split()) or 'no reason given'}")
         check_update(answer, task, self._desk.roster.spec)
         return answer
 

@@ -33,6 +33,7 @@ log = logging.getLogger("fedloom.server")
 LOCK_FILE = "serverapp.lock"
 LOCK_SECONDS = 90.0
 POLL_SECONDS = 0.2
+WINDOW = 100_000  # messages under way at once: SuperLink keeps them on disk, so that all devices work at the same time
 
 
 def run_in(out: Path, grid: Grid, run_id: int) -> None:
@@ -49,7 +50,15 @@ def run_in(out: Path, grid: Grid, run_id: int) -> None:
             _wait_for_devices(grid, orders, _before(out, orders), post)
             post(Stage.RUNNING)
             events = EventLog(out / EVENTS_FILE)
-            plan = Plan(config=orders.config, out=out, run=orders.run, resume=True, durable=True)
+            plan = Plan(
+                config=orders.config,
+                out=out,
+                run=orders.run,
+                resume=True,
+                durable=True,
+                window=WINDOW,
+                pause=POLL_SECONDS,
+            )
             try:
                 coordinate(grid, plan, events)
                 events.finished()

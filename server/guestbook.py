@@ -77,9 +77,18 @@ class GuestList:
         return self._guests
 
     def _read(self) -> Guests:
-        status, table = self._path.stat(), json.loads(self._path.read_bytes())
+        status = self._path.stat()
+        try:
+            table = json.loads(self._path.read_bytes())
+            guests = Guests(limit=table["limit"], known=table["known"], revoked=table["revoked"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            guests = Guests(limit=-1)
+        lists = (guests.revoked, {} if guests.known is None else guests.known)
+        good = all(isinstance(each, dict) and all(isinstance(name, str) for name in each.values()) for each in lists)
+        if not good or type(guests.limit) is not int or guests.limit < 0:
+            raise ValueError(f"{self._path} must be what the server wrote for the door")
         self._stamp = (status.st_ino, status.st_mtime_ns)
-        return Guests(limit=int(table["limit"]), known=table["known"], revoked=table["revoked"])
+        return guests
 
 
 class VisitLog:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.protocols.messages import Kind, ModelSpec, Over, Payload, Task, Update
+from fedloom.protocols.config import Train
+from fedloom.protocols.messages import Array, Kind, ModelSpec, Over, Payload, Task, Update
+from fedloom.protocols.seeds import draw_indices
 from fedloom.strategies import intake as strategies_intake
 from fedloom.strategies.subspace import check_scalars
+
+# Far above what devices that train send, and far enough below what sums and products of float32 can hold that no
+# update stops a run: |b a| stays below 2^40 r, times 2^31 examples below 2^80.
+LARGEST: Final = 2.0**20  # value of a tensor
+LARGEST_SCALAR: Final = 2.0**10
+MOST_EXAMPLES: Final = 2**31
+MOST_METRICS: Final = 64
+LARGEST_METRIC: Final = 1e15
+LONGEST: Final = 1e8  # seconds of a task
 
 
 def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
@@ -17,7 +29,8 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
 
     Raises:
         ValueError: for an answer to another task (run, round, device, kind, nonce), tensors that nobody asked for, an
-            unknown or missing module, a wrong shape, rank or alpha, or a value that is not finite.
+            unknown or missing module, a wrong shape, rank or alpha, a value that is not finite or absurdly large, or
+            metrics that cannot be pooled.
     """
     for name in ("run", "round", "device", "kind", "nonce"):
         asked, got = getattr(task, name), getattr(update, name)
@@ -25,6 +38,9 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
             raise ValueError(f"an update's {name} must be its task's {asked!r}, got {got!r}")
     if update.examples < 0:
         raise ValueError(f"an update must count examples >= 0, got {update.examples}")
+    if update.examples > MOST_EXAMPLES:
+        raise ValueError(f"an update must count examples <= {MOST_EXAMPLES}, got {update.examples}")
+    _check_measured(update)
     if not (task.send and task.kind == Kind.TRAIN):
         if update.payload:
             raise ValueError("this task asks for no tensors, got some")
@@ -39,6 +55,34 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
                 f"factors of {name} must have the task's rank {task.rank} and alpha {task.alpha:g}, "
                 f"got rank {term.rank} and alpha {term.alpha:g}"
             )
+        _check_size(name, term.b, LARGEST)
+        _check_size(name, term.a, LARGEST)
+    for name, value in update.payload.dense.items():
+        _check_size(name, value, LARGEST)
+
+
+def _check_size(name: str, values: Array, largest: float) -> None:
+    peak = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))
+    if peak > largest:
+        raise ValueError(f"values of {name} must lie within +-{largest:g}, got {peak:g}")
+
+
+def _check_measured(update: Update) -> None:
+    """Metrics that can be pooled: sums with what they are to be divided by, and none that is out of this world."""
+    metrics = update.metrics
+    if len(metrics) > MOST_METRICS:
+        raise ValueError(f"an update must have <= {MOST_METRICS} metrics, got {len(metrics)}")
+    if update.cost.seconds > LONGEST:
+        raise ValueError(f"an update must have taken <= {LONGEST:g} s, got {update.cost.seconds:g}")
+    for name, value in metrics.items():
+        if abs(value) > LARGEST_METRIC:
+            raise ValueError(f"metric {name!r} must lie within +-{LARGEST_METRIC:g}, got {value:g}")
+        count = "tokens" if name == "loss_sum" else "n"
+        if name.endswith("_sum") and count not in metrics:
+            raise ValueError(f"metric {name!r} must come with {count!r}")
+    for count in ("n", "tokens"):
+        if 0 != metrics.get(count, 0) < 1:
+            raise ValueError(f"metric {count!r} must be 0 or >= 1, got {metrics[count]:g}")
 
 
 def _check_scalars(update: Update, task: Task) -> None:
@@ -46,11 +90,19 @@ def _check_scalars(update: Update, task: Task) -> None:
     if task.subspace is None:
         return
     scalars = check_scalars(update, task.subspace, task.scalar_limit)
+    _check_size("scalars", scalars.values, LARGEST_SCALAR)
+    train = Train()  # what a task does not say is the default; each scalar along steps costs the server k signs
+    most = int(task.knobs.get("steps", train.steps)) * int(task.knobs.get("directions", train.directions))
+    if scalars.over != Over.BASIS and len(scalars.values) > most:
+        raise ValueError(f"an update must have <= {most} scalars, one for each direction, got {len(scalars.values)}")
     if scalars.over == Over.STEPS and scalars.seed != task.seed:
         raise ValueError(f"scalars must be along the directions of the task's seed {task.seed}, got {scalars.seed}")
     listed = task.start.scalars
     if listed is not None and not _begins(listed.indices, scalars.indices):
         raise ValueError("scalars must be along the directions that the task lists, got others")
+    shared = task.knobs.get("draw_seed")
+    if shared is not None and not _begins(draw_indices(int(shared), scalars.k, len(scalars.values)), scalars.indices):
+        raise ValueError("scalars must be along the round's shared directions, got others")
 
 
 def _begins(whole: NDArray[np.int64] | None, part: NDArray[np.int64] | None) -> bool:

@@ -10,7 +10,6 @@ accepted from here, and asks only the devices that are missing. Each file is who
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedloom.protocols.messages import DeviceReport
-from fedloom.server.disk import write_whole
+from fedloom.server.disk import sealed, unsealed, write_whole
 
 PLAN_FILE = "plan.json"
 _DOWN = struct.Struct("<Q")
@@ -47,7 +46,7 @@ class Journal:
         """
         path = self._folder / PLAN_FILE
         try:
-            noted = json.loads(path.read_text(encoding="utf-8"))
+            noted = unsealed(path.read_bytes())
             return [_report(entry) for entry in noted["devices"]]
         except FileNotFoundError:
             return None
@@ -62,8 +61,7 @@ class Journal:
             if old.name[:12] != self._folder.name[:12]:
                 shutil.rmtree(old)
         self._folder.mkdir(parents=True, exist_ok=True)
-        body = json.dumps({"devices": [asdict(report) for report in reports]}, indent=1, sort_keys=True)
-        write_whole(self._folder / PLAN_FILE, body.encode())
+        write_whole(self._folder / PLAN_FILE, sealed({"devices": [asdict(report) for report in reports]}))
 
     def put(self, device: str, entry: Entry) -> None:
         write_whole(self._path(device), _DOWN.pack(entry.down) + entry.frame)

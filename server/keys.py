@@ -276,7 +276,7 @@ class Consortium:
             return {}
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             table = None
         if not isinstance(table, dict) or not all(isinstance(record, dict) for record in table.values()):
             raise ValueError(f"{path} must be a JSON object of devices; put back a copy that is")
@@ -305,7 +305,8 @@ class Consortium:
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         if found != record.fingerprint:
-            raise ValueError(f"{path} must be the key that was added, {record.fingerprint}, got {found}")
+            noted = " ".join(record.fingerprint.split())[:80]
+            raise ValueError(f"{path} must be the key that was added, {noted}, got {found}")
         return DeviceKey(
             name=name,
             public_key=path,

@@ -173,6 +173,7 @@ class Coordinator:
             log.warning("%s; going back to the one before", complaint)
         if checkpoint is None:
             fleet = self._roster.reports()
+            _check_size(self._roster.spec, fleet, self._limit)
             state = self._strategy.init(self._roster.spec, self._config.seed, fleet)
             self._strategy.plan(state, fleet, 1)  # a device that cannot be planned for is an error now, not later
             return state, -1
@@ -316,3 +317,15 @@ def _at_least(updates: Iterable[Update], answers: Collection | Buffer, least: in
     if len(answers.seen) < least:
         first = f"; the first refusal: {answers.refusals[0]}" if answers.refusals else ""
         raise TooFew(f"a round needs at least {least} good updates, got {len(answers.seen)}{first}")
+
+
+def _check_size(spec: ModelSpec, fleet: Sequence[DeviceReport], limit: int) -> None:
+    """Raise ValueError for a model whose smallest adapter no message could carry: before a state is made for it."""
+    rank = max(1, min(report.rank for report in fleet))
+    numbers = rank * sum(matrix.d_out + matrix.d_in for matrix in spec.matrices.values())
+    numbers += sum(math.prod(shape) for shape in spec.dense.values())
+    if numbers > limit:
+        raise ValueError(
+            f"an adapter of rank {rank} for the devices' model has {numbers} numbers, "
+            f"more than a message of wire.limit_mb can carry ({limit} bytes)"
+        )

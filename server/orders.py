@@ -58,7 +58,7 @@ def read_orders(out: Path) -> Orders:
             wait_for=int(table["wait_for"]),
             wait_seconds=float(table["wait_seconds"]),
             rejoin_seconds=float(table["rejoin_seconds"]),
-            names=tuple(table["names"]),
+            names=tuple(map(str, table["names"])),
         )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): `fedloom server` writes it") from None

@@ -92,5 +92,8 @@ def read_settings(path: Path | None = None) -> ServerSettings:
     if path is None:
         return ServerSettings()
     settings = build_section(ServerSettings, read_toml(path, "server settings"), "server settings")
-    folder = path.parent / settings.keys.folder.expanduser()
+    try:
+        folder = path.parent / settings.keys.folder.expanduser()
+    except RuntimeError:
+        raise ValueError("server settings key 'keys.folder': its home folder must be one of this machine's") from None
     return settings.model_copy(update={"keys": Keys(folder=folder)})

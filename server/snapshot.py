@@ -62,5 +62,5 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Snapshot:
         tensors = {name: array for name, array in arrays.items() if name != ABOUT}
         state = State(version=int(about["version"]), tensors=tensors, meta=dict(about["meta"]))
         return Snapshot(strategy=str(about["strategy"]), spec=spec_from_meta(about["spec"]), state=state)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{ABOUT!r} must hold what a state has beside its tensors, got {error!r}") from None

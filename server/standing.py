@@ -49,6 +49,12 @@ def read_standing(out: Path) -> Standing | None:
     """What the last ServerApp said; None where none has said anything, or nothing that can be read."""
     try:
         table = json.loads((out / STANDING_FILE).read_bytes())
-        return Standing(**{**table, "stage": Stage(table["stage"])})
-    except (OSError, ValueError, KeyError, TypeError):
+        standing = Standing(**{**table, "stage": Stage(table["stage"])})
+        numbers = (standing.pid, standing.run_id, standing.connected, standing.needed)
+        if not (all(type(each) is int for each in numbers) and standing.pid > 0):
+            return None
+        if not (isinstance(standing.created, float) and isinstance(standing.error, str)):
+            return None
+        return standing if isinstance(standing.kind, str) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -27,9 +27,12 @@ from fedloom.server.superlink import FOLDER, LOG_FILE, Uplink
 TICK, KEYS_SECONDS, LINK_SECONDS, ASK_SECONDS = 0.1, 2.0, 1.0, 3.0
 ALL_KEYS_SECONDS = 60.0
 BEGIN_SECONDS = 120.0  # a ServerApp must have said something by then
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-MOST_DEATHS = 10  # of ServerApp or SuperLink, without a round between them
-KILLED, LOST = "killed", "lost"  # endings that are nobody's mistake
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 5.0
+MOST_DEATHS = 20  # of ServerApp or SuperLink, without a round between them
+KILLED, LOST = "killed", "lost"  # endings that are nobody's mistake; so are those of these kinds and beginnings:
+LOST_KINDS = {"SystemExit", "KeyboardInterrupt", "RunNotRunningException", "HTTPStatusError", "ConnectError"}
+LOST_KINDS |= {"ReadError", "WriteError", "ReadTimeout", "ConnectTimeout", "PoolTimeout", "RemoteProtocolError"}
+LOST_WORDS = ("Flower error", "Flower did not take", "no answer within")
 
 
 class RunError(Exception):
@@ -82,7 +85,7 @@ class Attempt:
         if standing.stage == Stage.FINISHED:
             return Ending(finished=True)
         if standing.stage == Stage.FAILED:
-            return Ending(error=standing.error, kind=standing.kind)
+            return _failure(standing)
         if is_alive(standing.pid, standing.created) or self.standing() != standing:
             return None
         return Ending(error="the ServerApp was killed", kind=KILLED)
@@ -198,7 +201,7 @@ class Supervisor:
             self._error = ""
         self._progress = False
         self._failures += 1
-        if ending.kind == KILLED:
+        if ending.kind in (KILLED, LOST):
             self._deaths += 1
             if self._deaths > MOST_DEATHS:
                 raise RunError(f"{ending.error}, {self._deaths} times without a finished round between them")
@@ -269,6 +272,14 @@ class Supervisor:
         events = EventLog(self._out / EVENTS_FILE)
         events.stopped(reason)
         events.close()
+
+
+def _failure(standing: Standing) -> Ending:
+    """How a ServerApp failed by its own words; what Flower or a signal did to it is not the run's mistake."""
+    if standing.kind in ("SystemExit", "KeyboardInterrupt"):
+        return Ending(error="the ServerApp was told to end", kind=LOST)
+    lost = standing.kind in LOST_KINDS or standing.error.startswith(LOST_WORDS)
+    return Ending(error=standing.error, kind=LOST if lost else standing.kind)
 
 
 def _await_end(attempt: Attempt, seconds: float = 15.0) -> None:

@@ -27,7 +27,11 @@ class JsonlTracker:
     def __init__(self, path: Path, *, after_round: int | None) -> None:
         kept: list[str] = []
         if after_round is not None and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _round_of(line) <= after_round]
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _round_of(line) <= after_round
+            ]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
@@ -43,7 +47,7 @@ def _round_of(line: str) -> float:
     """The round of a line; infinite for a line that a crash cut short."""
     try:
         return float(json.loads(line)["round"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         return float("inf")
 
 

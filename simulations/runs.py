@@ -100,7 +100,7 @@ def read_run(out: Path) -> RunConfig:
         return build_config(json.loads((out / RECIPE_FILE).read_text(encoding="utf-8")))
     except OSError:
         raise ValueError(f"{out} is not a run: it has no {RECIPE_FILE}") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{out / RECIPE_FILE} is not JSON: {error}") from None
 
 
@@ -171,9 +171,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ValueError: when the file is missing.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError:
         raise ValueError(f"{path.parent} is not a finished run: {path.name} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must hold one JSON object a line: {error}") from None
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} must hold one JSON object a line")
+    return records
 
 
 def _entry(member: Member, out: Path, records: list[dict[str, Any]], config: RunConfig) -> dict[str, Any]:

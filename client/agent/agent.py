@@ -137,6 +137,7 @@ def running(settings: DeviceSettings, home: Home, link: Callable[[], dict[str, A
     """
     home.open()
     with home.lock():
+        home.tidy()
         agent = Agent(settings, home, link)
         try:
             agent.start()

@@ -46,7 +46,7 @@ class Answers:
             if noted["blake2b"] != _hash(frame):
                 return None
             return Answer(frame=frame, about=dict(noted["about"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
 
     def put(self, digest: str, answer: Answer) -> None:

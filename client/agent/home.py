@@ -73,13 +73,16 @@ class Home:
         return Path(tempfile.gettempdir()) / f"fedloom-{os.getuid()}-{digest}" / "agent.sock"
 
     def open(self) -> None:
-        """Make the folders, for their owner alone, and clear away what a killed agent left half-written.
+        """Make the folders, for their owner alone.
 
         Raises:
             ValueError: for a folder that cannot be made, or that belongs to somebody else.
         """
         for folder in (self.folder, self.socket.parent, self.link):
             _own_folder(folder)
+
+    def tidy(self) -> None:
+        """Clear away what a killed agent left half-written; for the one that holds the lock."""
         drafts = [*self.folder.glob(f".{self.traffic.name}.*")]  # other hidden files here are none of ours
         for kept in (self.answers, self.patches, self.own, self.link):
             drafts += kept.glob(".*.*")

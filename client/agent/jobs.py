@@ -160,6 +160,8 @@ class Jobs:
 
     def _do(self, job: Job) -> Answer:
         self._board.began(job.heading)
+        if kept := self._answers.get(job.digest):
+            return kept  # another caller's task, which ended while this one came
         reason = PAUSED if self.paused else self._gate.before(len(job.frame), own=(os.getpid(), self._model.pid))
         if reason:
             raise Refused(reason)

@@ -47,6 +47,6 @@ def _read(path: Path) -> tuple[str, int, int]:
     """The counter as it was left; a fresh one where there is none, or none that can be read."""
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
-        return str(noted["day"]), int(noted["up"]), int(noted["down"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(noted["day"]), max(int(noted["up"]), 0), max(int(noted["down"]), 0)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         return "", 0, 0

@@ -134,7 +134,10 @@ class Meter:
 
 def bound_memory() -> None:
     """Let this process have so much more address space, and no more: past it, a decoder gets MemoryError."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    statm = Path("/proc/self/statm")
+    if not statm.exists():  # no Linux
+        return
+    pages = int(statm.read_text(encoding="ascii").split()[0])
     limit = pages * resource.getpagesize() + _HEADROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> int:
     total = whole(tallies)
     print(row(total), flush=True)
     kept = True
-    if not chosen.targets:
+    if not chosen.targets and Path("/proc/self/clear_refs").exists():
         print()
         kept = report(chosen.out.absolute())
     for kind, path in total.failures.items():

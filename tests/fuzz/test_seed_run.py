@@ -16,9 +16,9 @@ from meter import Meter
 from mutation import havoc
 from targets import divide, load, names
 
-INPUTS = 80  # changes of each target's inputs
+INPUTS = 50  # changes of each target's inputs
 BUILT = 10  # inputs that hypothesis builds, where it can
-FEW = {"rounds": 8, "page": 8, "recipe": 25}  # of targets that take milliseconds for one
+FEW = {"rounds": 6, "page": 8, "recipe": 25}  # of targets that take milliseconds for one
 
 
 @pytest.mark.parametrize("name", names())

@@ -210,7 +210,7 @@ def test_a_task_encoder_makes_the_same_bytes(wire: str) -> None:
 
 
 def test_hexadecimal_text_travels_in_half_its_bytes() -> None:
-    for text in ("", "a", "ab", "abc", SHA, SHA.upper(), "hash", "0" * 16, "ab\n"):
+    for text in ("", "a", "ab", "abc", SHA, SHA.upper(), "hash", "0" * 16):
         one = update(run=text)
         assert decode(encode(one), Update, limit=LIMIT).run == text
     plain, packed = (len(encode(task(patch=replace(task().patch, base_hash=text)))) for text in (SHA.upper(), SHA))

@@ -43,7 +43,7 @@ for step in sys.argv[3:]:
     elif name == "waiting":
         post("waiting", connected=1, needed=int(value))
         time.sleep(0.5)
-    elif name in ("ValueError", "OSError"):
+    elif name in ("ValueError", "OSError", "ConnectError", "SystemExit"):
         post("failed", error=value, kind=name)
     elif name == "die":
         os.kill(os.getpid(), 9)
@@ -189,6 +189,17 @@ def test_what_dies_all_the_time_is_given_up(out: Path, monkeypatch: pytest.Monke
     with pytest.raises(RunError, match="the ServerApp was killed, 4 times without a finished round between them"):
         supervisor.run()
     assert link.submitted == 4
+
+
+@pytest.mark.parametrize(
+    "failure", ["ValueError:Flower error 5: Node Unavailable", "ConnectError:refused", "SystemExit:0"]
+)
+def test_what_flower_or_a_signal_did_is_tried_again(out: Path, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.0)
+    supervisor, link, memory = supervise(out, failure, failure, failure, "finished")
+    supervisor.run()
+    assert link.submitted == 4
+    assert all("0; starting" not in line for line in memory.lines)
 
 
 def test_pauses_grow_while_nothing_gets_better(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

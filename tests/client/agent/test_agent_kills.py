@@ -25,8 +25,8 @@ from fedloom.client.agent.outbox import entries
 from fedloom.client.data import Example
 from fedloom.client.device import Device
 from fedloom.client.model import Resident
-from fedloom.protocols.codec import decode, encode
-from fedloom.protocols.messages import Kind, Patch, Payload, Task, Update
+from fedloom.protocols.codec import decode, decode_answer, encode
+from fedloom.protocols.messages import Kind, Patch, Payload, Refusal, Task, Update
 
 LIMIT = 2**29
 MAIN = "from fedloom.cli.client import app; app()"
@@ -101,6 +101,7 @@ def test_killed_at_any_moment_it_goes_on(
         process = start(config)
         answer = perform(home, frame)
         assert first in (b"", answer)  # an answer that got out before is sent again, to the byte
+        assert not isinstance(said := decode_answer(answer, (Update, Refusal), limit=LIMIT), Refusal), said
         answers.append((frame, answer))
     for task, (_, answer) in zip(tasks, answers, strict=True):
         got, wanted = decode(answer, Update, limit=LIMIT), device.handle(task)

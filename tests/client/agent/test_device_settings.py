@@ -202,7 +202,7 @@ def test_the_state_folder_is_made_for_its_owner(tmp_path: Path) -> None:
     own = [home.folder / ".gitignore", home.folder / ".env.local", home.patches / "v1-a.safetensors"]
     for path in drafts + own:
         path.write_text("x")
-    home.open()
+    home.tidy()
     assert not any(path.exists() for path in drafts)  # what a killed agent left half-written
     assert all(path.exists() for path in own)
     (tmp_path / "file").write_text("x")
