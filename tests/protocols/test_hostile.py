@@ -387,5 +387,6 @@ def test_random_tensor_data_behind_a_right_checksum_never_crashes() -> None:
 
 def test_messages_of_errors_are_one_line() -> None:
     frame = forged(UPDATE, lambda record: record.metrics.add(name="a\nb", value=float("nan")))
-    with pytest.raises(ValueError, match=re.escape(r"a name in update.metrics must be one line without control characters, got 'a\nb'")):
+    match = re.escape(r"a name in update.metrics must be one line without control characters, got 'a\nb'")
+    with pytest.raises(ValueError, match=match):
         decode(frame, Update, limit=LIMIT)
