@@ -50,7 +50,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    asked = json.loads(context.run_config["plan"].replace("'", '"'))
+    asked = json.loads(Path(context.run_config["plan"]).read_text())
     while len(list(grid.get_node_ids())) < asked["nodes"]:
         time.sleep(0.2)
     nodes, found = sorted(grid.get_node_ids()), {}
@@ -153,8 +153,8 @@ def measure(folder: Path, asked: argparse.Namespace) -> dict[str, dict[str, list
             (app / "README.md").write_text("x")
             (app / "pyproject.toml").write_text(PROJECT.format(side=side, client=client))
             plan = {"nodes": NODES, "megabytes": asked.megabytes, "rounds": asked.rounds, "out": str(out), "side": side}
-            text = json.dumps(plan).replace('"', "'")
-            command = [str(BIN / "flwr"), "run", str(app), "here", "-c", f'plan="{text}"']
+            (app / "plan.json").write_text(json.dumps(plan))
+            command = [str(BIN / "flwr"), "run", str(app), "here", "-c", f'plan="{app / "plan.json"}"']
             subprocess.run(command, env=environment, check=True, capture_output=True)
             until = time.monotonic() + 560
             while not out.exists() and time.monotonic() < until:

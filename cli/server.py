@@ -82,7 +82,7 @@ def server(
         if whole.compare:
             warnings.append(f"the comparison is left out: a deployed run has one line, {asked.strategy.name}")
         if orphans:
-            warnings.append(f"ended {orphans} processes that a server before this one left behind")
+            warnings.append(f"ended {orphans} process{'es' * (orphans != 1)} that a server before this one left behind")
         for warning in warnings:
             narrator.say(warning, bad=True)
         with _page(settings, folder, narrator, wanted=dashboard):
