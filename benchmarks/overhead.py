@@ -37,6 +37,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from fedloom.protocols.framing import MAGIC
 from fedloom.server.courier import Courier, Parcel
 from fedloom.server.journal import Entry, Journal
 
