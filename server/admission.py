@@ -9,14 +9,17 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
-from fedloom.server.control import Control
 from fedloom.server.disk import write_whole
 from fedloom.server.guestbook import Guests, digests, write_guests
 from fedloom.server.keys import Consortium, DeviceKey
+
+if TYPE_CHECKING:
+    from fedloom.server.control import Control
 
 NODES_FILE = "nodes.json"
 

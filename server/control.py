@@ -53,6 +53,10 @@ class RunStatus:
     ending: str = ""
     details: str = ""
 
+    @property
+    def over(self) -> bool:
+        return self.status == FINISHED
+
 
 class Control:
     """A client of one SuperLink. Calls raise ConnectionError when it cannot be reached, ValueError when it refuses."""

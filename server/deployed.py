@@ -11,14 +11,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from flwr.app import Context
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
 
 from fedloom.server.app import Plan, coordinate
 from fedloom.server.bundle_app import SETTING
@@ -47,7 +48,8 @@ def run_in(out: Path, grid: Grid, run_id: int) -> None:
         post(Stage.STARTED)
         try:
             orders = read_orders(out)
-            _wait_for_devices(grid, orders, _before(out, orders), post)
+            patient = PatientGrid(grid, orders, _before(out, orders), post)
+            patient.wait()
             post(Stage.RUNNING)
             events = EventLog(out / EVENTS_FILE)
             plan = Plan(
@@ -60,7 +62,7 @@ def run_in(out: Path, grid: Grid, run_id: int) -> None:
                 pause=POLL_SECONDS,
             )
             try:
-                coordinate(grid, plan, events)
+                coordinate(patient, plan, events)
                 events.finished()
             except ValueError as error:
                 events.stopped(str(error))
@@ -86,27 +88,69 @@ class Post:
         write_standing(self._out, standing)
 
 
-def _wait_for_devices(grid: Grid, orders: Orders, before: int, post: Post) -> None:
-    """Wait until as many are connected as the settings ask for; after a restart also, for less long, for those that
-    took part before."""
-    began = time.monotonic()
-    rejoined = began + min(orders.rejoin_seconds, orders.wait_seconds)
-    told = -1
-    while True:
-        connected, now = len(list(grid.get_node_ids())), time.monotonic()
-        if connected >= max(orders.wait_for, before):
-            return
-        if connected >= orders.wait_for and now >= rejoined:
-            log.warning("going on with %d of the %d devices that took part before", connected, before)
-            return
-        if now - began >= orders.wait_seconds:
-            raise ValueError(
-                f"a run waits for {orders.wait_for} devices, got {connected} within {orders.wait_seconds:g} s"
-            )
-        if connected != told:
-            post(Stage.WAITING, connected=connected, needed=max(orders.wait_for, before))
-            told = connected
-        time.sleep(POLL_SECONDS)
+class PatientGrid(Grid):
+    """Flower's grid, but whoever asks which devices are connected is made to wait for those that should be.
+
+    First for as many as the settings ask for. After a restart also, for less long, for those that took part before: a
+    device may be gone for a moment because of what killed the server, and a round that went on without it would be
+    another one than was cut.
+    """
+
+    def __init__(self, grid: Grid, orders: Orders, before: int, post: Post) -> None:
+        self._grid, self._orders, self._post = grid, orders, post
+        self._needed = max(orders.wait_for, before)
+        self._began = time.monotonic()
+        self._rejoined = self._began + min(orders.rejoin_seconds, orders.wait_seconds)
+
+    def wait(self) -> list[int]:
+        """The nodes that are connected, once there are enough of them.
+
+        Raises:
+            ValueError: when too few come.
+        """
+        told, least = -1, self._orders.wait_for
+        while True:
+            nodes, now = list(self._grid.get_node_ids()), time.monotonic()
+            if len(nodes) >= self._needed:
+                return nodes
+            if len(nodes) >= least and now >= self._rejoined:
+                log.warning("going on with %d of the %d devices that took part before", len(nodes), self._needed)
+                return nodes
+            if now - self._began >= self._orders.wait_seconds:
+                within = f"{self._orders.wait_seconds:g} s"
+                raise ValueError(f"a run waits for {least} devices, got {len(nodes)} within {within}")
+            if len(nodes) != told:
+                self._post(Stage.WAITING, connected=len(nodes), needed=self._needed)
+                told = len(nodes)
+            time.sleep(POLL_SECONDS)
+
+    def get_node_ids(self) -> Iterable[int]:
+        if time.monotonic() >= self._rejoined or self._orders.config.server.mode == "buffered":
+            return self._grid.get_node_ids()
+        nodes = self.wait()
+        self._post(Stage.RUNNING)
+        return nodes
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)
 
 
 def _before(out: Path, orders: Orders) -> int:

@@ -26,7 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 
 from fedloom.server.guestbook import GuestList, Guests, VisitLog, key_digest, sent_key
-from fedloom.server.presence import CONFIRM, ENTER, FLEET, LEAVE, POLL, Presence
+from fedloom.server.presence import CONFIRM, ENTER, FLEET, LEAVE, OBJECT, POLL, Presence
 from fedloom.server.settings import is_loopback
 
 DOOR = "FEDLOOM_DOOR"
@@ -97,15 +97,14 @@ class Door:
         """A request of a device that is let in."""
         path, device = scope["path"], self._present.setdefault(who.digest, Presence(self._opened))
         if path == POLL and device.owes:
-            self._visits("sent back", device=who.device, address=who.address, why="it lost count of its messages")
-            await _refuse(scope, meter.send, 401, "connect again")  # which makes a SuperNode end and start afresh
+            await self._send_back(scope, meter, who)
             return
         device.inside += 1
         try:
             if path == ENTER:
                 await self._enter(scope, meter, who, device)
-            elif path == CONFIRM:
-                await self._confirm(scope, meter)
+            elif path in (OBJECT, CONFIRM):
+                await self._message(scope, meter, who, confirmed=path == CONFIRM)
             else:
                 await self._app(scope, meter.receive, meter.send)
         finally:
@@ -146,18 +145,26 @@ class Door:
             device.free()
             self._visits("taken over", device=who.device, address=who.address, why="its last connection was lost")
 
-    async def _confirm(self, scope: Scope, meter: Meter) -> None:
-        """Say yes to a message's receipt also when its run has ended meanwhile, or the SuperNode loses count.
+    async def _send_back(self, scope: Scope, meter: Meter, who: Visitor) -> None:
+        """Have a SuperNode end, so that its device starts it afresh."""
+        self._visits("sent back", device=who.device, address=who.address, why="it lost count of its messages")
+        await _refuse(scope, meter.send, 401, "connect again")
 
-        It then works for nothing at most once: its answer finds no run, or is the one that the next run asks for.
+    async def _message(self, scope: Scope, meter: Meter, who: Visitor, *, confirmed: bool) -> None:
+        """Hand out a part of a message, or take its receipt; when its run has ended meanwhile, a SuperNode loses count.
+
+        With the whole message there, the receipt is taken all the same: the SuperNode works for nothing at most once,
+        and what it worked out may be what the next run asks for. With parts missing it has to start afresh.
         """
         status, answer = await self._kept(scope, meter)
-        if status == OVER:
+        if status == OVER and confirmed:
             await meter.send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", PROTOBUF)]})
             await meter.send({"type": "http.response.body", "body": b""})
-            return
-        for message in answer:
-            await meter.send(message)
+        elif status == OVER:
+            await self._send_back(scope, meter, who)
+        else:
+            for message in answer:
+                await meter.send(message)
 
     async def _kept(self, scope: Scope, meter: Meter) -> tuple[int, list[Message]]:
         """Flower's answer, kept back: its status and its messages."""

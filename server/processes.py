@@ -60,12 +60,20 @@ def end(processes: Iterable[psutil.Process], *, patience: float = 0.0) -> None:
 
 
 def end_all(out: Path, *, patience: float = 0.0) -> int:
-    """End every process of the run in OUT, also those that they start meanwhile; return how many there were."""
-    count, until = 0, time.monotonic() + 10 + patience
-    while (left := processes_of(out)) and time.monotonic() < until:
-        count += len(left)
-        end(left, patience=patience)
-        patience = 0.0
+    """End every process of the run in OUT, also those that they start meanwhile; return how many there were.
+
+    A process that just becomes another program shows no environment for a moment, so it takes two looks to be sure.
+    """
+    count, clear, until = 0, 0, time.monotonic() + 10 + patience
+    while clear < 2 and time.monotonic() < until:
+        left = processes_of(out)
+        clear = 0 if left else clear + 1
+        if left:
+            count += len(left)
+            end(left, patience=patience)
+            patience = 0.0
+        elif clear < 2:
+            time.sleep(0.05)
     return count
 
 

@@ -19,15 +19,17 @@ import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
 from fedloom.server.bundle_app import SETTING, write_app
-from fedloom.server.control import Control, connect, join
 from fedloom.server.keys import ServerFiles
 from fedloom.server.processes import end_all, start_tethered
 from fedloom.server.settings import Link
+
+if TYPE_CHECKING:
+    from fedloom.server.control import Control
 
 FOLDER = "superlink"
 LOG_FILE = "superlink.log"
@@ -99,6 +101,8 @@ class SuperLink:
         trim(self.log)
         at = self.log.stat().st_size if self.log.exists() else 0
         self._process = start_tethered(self._command(), self._out, log=self.log, environment=self._environment())
+        from fedloom.server.control import connect  # here: it loads much of Flower, which SuperLink does at this time
+
         until = time.monotonic() + START_SECONDS
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > until:
@@ -186,6 +190,8 @@ class JoinedLink:
             ValueError: when Flower has no such connection.
         """
         self._out, self._app = out, out / FOLDER / "app"
+        from fedloom.server.control import join
+
         self.control = join(name)
 
     def start(self) -> None:

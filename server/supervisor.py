@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.server.admission import Admission
-from fedloom.server.control import FINISHED
 from fedloom.server.dashboard.tail import Tail
 from fedloom.server.events import EVENTS_FILE, EventLog
 from fedloom.server.guestbook import VISITS_FILE
@@ -100,7 +99,7 @@ class Attempt:
             status = self._uplink.control.run_status(self.run)
             if self.standing() is not None:
                 return None
-            if status.status == FINISHED:
+            if status.over:
                 why = " ".join(status.details.split()) or f"Flower ended the run ({status.ending})"
                 return Ending(error=f"{why}; see {self._log}", kind=status.ending)
             if ended:
@@ -227,12 +226,17 @@ class Supervisor:
                     raise RunError(str(error)) from None
                 time.sleep(0.5)
 
-    def _end_attempt(self) -> None:
-        """Make sure that nothing of the last attempt still works, here or in Flower's eyes."""
+    def _end_attempt(self, *, stop: bool = False) -> None:
+        """Make sure that nothing of the last attempt still works here.
+
+        Flower keeps its run, unless it never began: a device that is just pulling a task from it would lose count of
+        its messages (presence.py). It works on that task, and has the answer ready when the next ServerApp asks.
+        """
         end(self._uplink.server_apps())
         if self._attempt is not None:
-            with suppress(ConnectionError):
-                self._uplink.control.stop_run(self._attempt.run)
+            if stop or self._attempt.standing() is None:
+                with suppress(ConnectionError):
+                    self._uplink.control.stop_run(self._attempt.run)
             _await_end(self._attempt)
         self._attempt = None
 
@@ -265,7 +269,7 @@ class Supervisor:
     def _close(self) -> None:
         """Leave nothing running."""
         if not self._uplink.own:
-            self._end_attempt()
+            self._end_attempt(stop=True)
         self._uplink.stop(patience=3.0)
 
     def _note_stop(self, reason: str) -> None:

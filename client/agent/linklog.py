@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +47,11 @@ class LinkLog:
     def write(self, line: str) -> str:
         """Write a line, and return it as it was written: without colours, and cut where it is too long."""
         plain = _COLOURS.sub("", line.rstrip())[:_LONGEST]
+        with suppress(OSError, ValueError):  # a full disk, a closed file: whoever is logged must not wait for it
+            self._write(plain)
+        return plain
+
+    def _write(self, plain: str) -> None:
         if self._file.tell() > _LIMIT:
             self._file.close()
             self._path.replace(self._path.with_suffix(".old.log"))
@@ -53,7 +59,7 @@ class LinkLog:
             self._path.chmod(0o600)
         self._file.write(plain + "\n")
         self._file.flush()
-        return plain
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()

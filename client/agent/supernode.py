@@ -67,10 +67,6 @@ class SuperNode:
     def stop(self) -> None:
         """End the SuperNode, giving it time to say goodbye to the server."""
         self._stopping.set()
-        process = self._process
-        if process is not None:
-            with suppress(ProcessLookupError):
-                process.terminate()
         if self._thread.is_alive():
             self._thread.join(timeout=_GOODBYE + 10)
 
@@ -87,16 +83,19 @@ class SuperNode:
 
     def _keep(self) -> None:
         self._clear_away()
-        write_commands(self._home.link / "bin")
         first, most = DELAYS
         delay = first
         while not self._stopping.is_set():
             problem = probe(self._link)
             began = time.monotonic()
+            try:
+                if not problem:
+                    write_commands(self._home.link / "bin")
+                    self._live()
+            except OSError as error:
+                problem = f"the link to the server cannot be started: {error.strerror or error}"
             if problem:
                 self._tell(problem)
-            else:
-                self._live()
             if self._since and time.monotonic() - began > _STEADY:
                 delay = first
             self._connected, self._since = False, 0.0
@@ -134,6 +133,7 @@ class SuperNode:
         (self._home.link / "supernode.pid").unlink(missing_ok=True)
 
     def _end(self, process: subprocess.Popen[str]) -> None:
+        """Tell a SuperNode to end: once, since a second time would cut its goodbye short."""
         with suppress(ProcessLookupError):
             process.terminate()
         try:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from contextlib import suppress
+from queue import Empty
 from threading import Condition, Event, Thread
 from typing import Final
 
 from fedloom.client.agent import machine
 from fedloom.client.agent.answers import Answer
 from fedloom.client.agent.home import Home
-from fedloom.client.agent.model_process import ModelProcess, Ready, Said
+from fedloom.client.agent.model_process import ModelProcess, Ready
 from fedloom.client.progress import Watch
 from fedloom.client.settings import DeviceSettings
 
@@ -39,6 +40,7 @@ class WarmModel:
         self._process: ModelProcess | None = None
         self._ready = Ready()
         self._failure = ""
+        self._held = ("", 0)  # a run, and the version of its model that the device last said it holds
         self._keeper = Thread(target=self._keep, name="keep-model", daemon=True)
 
     def start(self) -> Ready:
@@ -95,16 +97,15 @@ class WarmModel:
         Raises:
             Refused: when it cannot say it now.
         """
-        return self._quick({"ask": "hello"})
+        return _quick(self._model(), {"ask": "hello"})
 
     def version(self, run: str) -> int:
-        """The version of a run's model that the device holds; 0 if it cannot say."""
-        if self.loading or self._failure:
-            return 0
-        try:
-            return int(self._quick({"ask": "version", "run": run}).about["version"])
-        except Refused:
-            return 0
+        """The version of a run's model that the device holds; while no model is there, the one that it last said."""
+        process = self._process
+        if process is not None and process.said_ready.is_set() and not process.over.is_set() and not self._failure:
+            with suppress(Refused):
+                self._held = (run, int(_quick(process, {"ask": "version", "run": run}).about["version"]))
+        return self._held[1] if self._held[0] == run else 0
 
     def perform(self, frame: bytes, watch: Watch, halt: Callable[[], str]) -> Answer:
         """Do a task.
@@ -132,21 +133,11 @@ class WarmModel:
                 continue
             process.forget(number)
             if message["say"] == "done":
+                self._held = (message["held"][0], message["held"][1])
                 return Answer(frame=answer, about=message["about"])
             if message.get("last"):
                 process.over.wait(_GRACE)  # so that the next request meets the process after it
             raise Refused(guard.halted or message["reason"], message.get("version"))
-
-    def _quick(self, message: dict[str, str]) -> Answer:
-        process = self._model()
-        number, said = process.ask(dict(message))
-        try:
-            found, frame = _first(said)
-        finally:
-            process.forget(number)
-        if found["say"] != "done":
-            raise Refused(found["reason"])
-        return Answer(frame=frame, about=found["about"])
 
     def _model(self) -> ModelProcess:
         """The process, once its model is there."""
@@ -208,8 +199,15 @@ class _Guard:
             self._process.kill(self.halted)
 
 
-def _first(said: SimpleQueue[Said]) -> Said:
+def _quick(process: ModelProcess, message: dict[str, str]) -> Answer:
+    """What a process answers to something that needs no model."""
+    number, said = process.ask(dict(message))
     try:
-        return said.get(timeout=_QUICK)
+        found, frame = said.get(timeout=_QUICK)
     except Empty:
         raise Refused("this device is too busy to answer") from None
+    finally:
+        process.forget(number)
+    if found["say"] != "done":
+        raise Refused(found["reason"])
+    return Answer(frame=frame, about=found["about"])

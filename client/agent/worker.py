@@ -94,7 +94,9 @@ class Worker:
             if self._wall and peak_rss() > self._wall:
                 raise ValueError(f"the task took {peak_rss() / 1e6:.0f} MB, {self._allowed()}")
             answer = encode(update, wire=task.wire, seed=task.seed)
-            self._pipe.send({"number": number, "say": "done", "about": describe_update(update, task.wire)}, answer)
+            held = [task.run, self._device.version(task.run)]
+            about = describe_update(update, task.wire)
+            self._pipe.send({"number": number, "say": "done", "about": about, "held": held}, answer)
         except Stopped:
             self._refuse(number, "stopped")
         except ValueError as error:

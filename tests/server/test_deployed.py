@@ -133,6 +133,28 @@ def test_a_device_that_stays_away_is_not_waited_for_forever(
     assert (tmp_path / "checkpoints" / "round-000003").exists()
 
 
+class LeavingGrid(SlowGrid):
+    """A grid whose second node is away from the second look on, for a number of looks."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        nodes = list(self._nodes)
+        return nodes[:1] if 1 < self.looks <= self.missing_for else nodes
+
+
+def test_a_device_that_leaves_just_after_a_restart_is_waited_for(tmp_path: Path, config: RunConfig) -> None:
+    order(tmp_path, config)
+    run_in(tmp_path, grid_of(config, tmp_path / "work"), 1)
+    longer = config.model_copy(update={"server": config.server.model_copy(update={"rounds": 3})})
+    order(tmp_path, longer, wait_for=1, rejoin_seconds=30.0)
+    grid = LeavingGrid(pretend_nodes(2), pretend_app, (longer, tmp_path / "work"))
+    grid.missing_for = 6
+    run_in(tmp_path, grid, 2)
+    assert grid.looks >= 7
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (record["round"], record["updates"]) == (3, 2)
+
+
 def test_two_never_work_in_one_folder(tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     order(tmp_path, config)
     with (tmp_path / LOCK_FILE).open("a") as earlier:

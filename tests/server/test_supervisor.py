@@ -153,7 +153,7 @@ def test_a_server_app_that_is_killed_is_started_again_within_a_second(out: Path)
     supervisor, link, memory = supervise(out, "started,die", "finished")
     supervisor.run()
     assert link.submitted == 2
-    assert link.control.stopped == [1]
+    assert link.control.stopped == []  # a device may be fetching its task
     assert "the ServerApp was killed; starting again at once" in memory.lines
 
 
@@ -221,6 +221,7 @@ def test_a_server_app_that_never_speaks_is_an_error_with_flowers_reason(out: Pat
     with pytest.raises(RunError, match=r"^no module named x; see .*superlink.log$"):
         supervisor.run()
     assert link.submitted == 2
+    assert link.control.stopped == [1]
 
 
 def test_a_superlink_that_dies_is_started_again_and_given_the_run_again(out: Path) -> None:

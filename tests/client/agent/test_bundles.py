@@ -167,6 +167,7 @@ def test_a_servers_code_never_runs_on_a_device(
         device.send_signal(signal.SIGTERM)
         assert device.wait(30) == 0
         assert not home.socket.exists()
+        assert "SuperNode terminated gracefully" in (home.link / "supernode.log").read_text()  # it said goodbye
     finally:
         device.kill()
         device.wait()

@@ -184,6 +184,7 @@ def test_what_an_earlier_agent_left_is_ended(tmp_path: Path, monkeypatch: pytest
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     left = subprocess.Popen([sys.executable, "-c", code, f"agent='{home.socket}'"], start_new_session=True)
     stranger = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    until(lambda: code in psutil.Process(left.pid).cmdline())
     try:
         for process in (left, stranger):
             (home.link / "supernode.pid").write_text(str(process.pid))
