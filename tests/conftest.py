@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ from fedloom.client.data import Example
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("explore" if os.environ.get("FEDLOOM_EXPLORE") else "repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """Commands set up Fedloom's loggers for a process of their own; tests share one."""
+    known = [logging.getLogger(name) for name in ("fedloom", "fedloom.server", "fedloom.client")]
+    before = [(logger.level, logger.propagate, logger.disabled, list(logger.handlers)) for logger in known]
+    yield
+    for logger, (level, propagate, disabled, handlers) in zip(known, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.disabled, logger.handlers = propagate, disabled, handlers
+
 
 VOCABULARY = 300
 _CORPUS = ["turn on the lamp", "turn off the oven", "set the alarm to seven", 'lamp(state="on")', 'oven(state="off")']
