@@ -5,6 +5,7 @@ No container engine is needed. Linters that are installed (hadolint, systemd-ana
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -161,7 +162,7 @@ def _copies(stage: str) -> list[str]:
 
 
 def test_hadolint_has_no_complaint() -> None:
-    hadolint = shutil.which("hadolint", path=f"{BIN}:/usr/local/bin:/usr/bin:/bin")
+    hadolint = shutil.which("hadolint", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     if hadolint is None:
         pytest.skip("hadolint is not installed")
     done = subprocess.run([hadolint, str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False)
