@@ -164,13 +164,15 @@ class Payload:
     """What adds to a model: low-rank terms by module name, dense terms by module or parameter name, coefficients.
 
     `scalars` is a device's answer in a subspace, or the server's list of directions to step along; it is no part of a
-    model.
+    model. With `keep`, the terms are those of a pruned model: b has the kept rows and a the kept columns alone, in their
+    order; a group that is not named is kept whole.
     """
 
     factors: Mapping[str, LowRank] = field(default_factory=dict)
     dense: Mapping[str, Array] = field(default_factory=dict)
     scalars: Scalars | None = None
     coefficients: Coefficients | None = None
+    keep: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)  # [units] by group, for a pruned model's terms
 
     def __bool__(self) -> bool:
         return bool(self.factors or self.dense or self.scalars is not None or self.coefficients is not None)
@@ -191,12 +193,27 @@ class Patch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Axis:
+    """The side of a matrix along which a group's units (attention heads, FFN channels) lie.
+
+    Unit u owns the `width` consecutive indices from offset + u * width, for every offset: one offset for a plain
+    projection, three for a fused q, k, v.
+    """
+
+    group: str  # a key of ModelSpec.groups
+    width: int
+    offsets: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MatrixSpec:
-    """One weight that may carry an adapter: its logical size and how its layer stores it."""
+    """One weight that may carry an adapter: its logical size, how its layer stores it, and what may be pruned of it."""
 
     d_out: int
     d_in: int
     kind: str = "linear"  # "linear" stores [d_out, d_in]; "conv1d" (GPT-2) stores [d_in, d_out]
+    rows: Axis | None = None  # the group that its outputs belong to, if they can be pruned
+    columns: Axis | None = None  # the group that its inputs belong to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +224,7 @@ class ModelSpec:
     matrices: Mapping[str, MatrixSpec]
     dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     mask: str = ""  # SHA-256 of the sparse mask that the device holds, if any
+    groups: Mapping[str, int] = field(default_factory=dict)  # units of each group of coupled structures
 
 
 @dataclass(frozen=True, kw_only=True)
