@@ -70,7 +70,7 @@ def decode(frame: bytes, expect: type[T], *, limit: int) -> T:
     """The message of a frame that must hold an `expect` and have at most `limit` bytes.
 
     Memory: the frame, at most 4 bytes of float32 a byte of it, 12 a scalar and its index, a bounded body, and some 100
-    bytes for each of at most 2^20 coefficients a payload, which may take a second.
+    bytes for each of at most 2^20 coefficients a payload, which may take a second; a byte a unit of at most 2^24.
 
     Raises:
         ValueError: for anything but a whole, undamaged, well-formed frame of this protocol version.

@@ -156,21 +156,33 @@ class Coefficients(_message.Message):
     data_bytes: int
     def __init__(self, subspace: _Optional[_Union[Subspace, _Mapping]] = ..., exponent: _Optional[int] = ..., data_bytes: _Optional[int] = ...) -> None: ...
 
+class Keep(_message.Message):
+    __slots__ = ("name", "units", "bits")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    units: int
+    bits: bytes
+    def __init__(self, name: _Optional[str] = ..., units: _Optional[int] = ..., bits: _Optional[bytes] = ...) -> None: ...
+
 class Payload(_message.Message):
-    __slots__ = ("factors", "dense", "data_bytes", "data_crc32", "scalars", "coefficients")
+    __slots__ = ("factors", "dense", "data_bytes", "data_crc32", "scalars", "coefficients", "keep")
     FACTORS_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     DATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_CRC32_FIELD_NUMBER: _ClassVar[int]
     SCALARS_FIELD_NUMBER: _ClassVar[int]
     COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     factors: _containers.RepeatedCompositeFieldContainer[LowRank]
     dense: _containers.RepeatedCompositeFieldContainer[Dense]
     data_bytes: int
     data_crc32: int
     scalars: Scalars
     coefficients: Coefficients
-    def __init__(self, factors: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[Dense, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., data_crc32: _Optional[int] = ..., scalars: _Optional[_Union[Scalars, _Mapping]] = ..., coefficients: _Optional[_Union[Coefficients, _Mapping]] = ...) -> None: ...
+    keep: _containers.RepeatedCompositeFieldContainer[Keep]
+    def __init__(self, factors: _Optional[_Iterable[_Union[LowRank, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[Dense, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., data_crc32: _Optional[int] = ..., scalars: _Optional[_Union[Scalars, _Mapping]] = ..., coefficients: _Optional[_Union[Coefficients, _Mapping]] = ..., keep: _Optional[_Iterable[_Union[Keep, _Mapping]]] = ...) -> None: ...
 
 class Patch(_message.Message):
     __slots__ = ("base_hash", "since", "version", "payload", "base_hash_hex")
@@ -185,6 +197,14 @@ class Patch(_message.Message):
     payload: Payload
     base_hash_hex: bytes
     def __init__(self, base_hash: _Optional[str] = ..., since: _Optional[int] = ..., version: _Optional[int] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., base_hash_hex: _Optional[bytes] = ...) -> None: ...
+
+class ModuleRank(_message.Message):
+    __slots__ = ("name", "rank")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rank: int
+    def __init__(self, name: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Knob(_message.Message):
     __slots__ = ("name", "integer", "real", "text", "flag")
@@ -209,7 +229,7 @@ class Metric(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs", "subspace", "scalar_limit", "run_hex", "strategy")
+    __slots__ = ("device", "round", "rank", "alpha", "start_from", "kind", "tuner", "rslora", "train_a", "shared_a_seed", "send", "start", "patch", "run", "nonce", "seed", "state_round", "wire", "knobs", "subspace", "scalar_limit", "run_hex", "strategy", "ranks")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +253,7 @@ class Task(_message.Message):
     SCALAR_LIMIT_FIELD_NUMBER: _ClassVar[int]
     RUN_HEX_FIELD_NUMBER: _ClassVar[int]
     STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     device: str
     round: int
     rank: int
@@ -256,7 +277,8 @@ class Task(_message.Message):
     scalar_limit: float
     run_hex: bytes
     strategy: str
-    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ..., run_hex: _Optional[bytes] = ..., strategy: _Optional[str] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[ModuleRank]
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ..., run_hex: _Optional[bytes] = ..., strategy: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[ModuleRank, _Mapping]]] = ...) -> None: ...
 
 class Cost(_message.Message):
     __slots__ = ("seconds", "peak_rss_bytes")
@@ -308,17 +330,39 @@ class DeviceReport(_message.Message):
     software: str
     def __init__(self, device: _Optional[str] = ..., examples: _Optional[int] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., state_round: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ...) -> None: ...
 
+class Axis(_message.Message):
+    __slots__ = ("group", "width", "offsets")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    width: int
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, group: _Optional[str] = ..., width: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Matrix(_message.Message):
-    __slots__ = ("name", "d_out", "d_in", "kind")
+    __slots__ = ("name", "d_out", "d_in", "kind", "rows", "columns")
     NAME_FIELD_NUMBER: _ClassVar[int]
     D_OUT_FIELD_NUMBER: _ClassVar[int]
     D_IN_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     name: str
     d_out: int
     d_in: int
     kind: str
-    def __init__(self, name: _Optional[str] = ..., d_out: _Optional[int] = ..., d_in: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
+    rows: Axis
+    columns: Axis
+    def __init__(self, name: _Optional[str] = ..., d_out: _Optional[int] = ..., d_in: _Optional[int] = ..., kind: _Optional[str] = ..., rows: _Optional[_Union[Axis, _Mapping]] = ..., columns: _Optional[_Union[Axis, _Mapping]] = ...) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("name", "units")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    units: int
+    def __init__(self, name: _Optional[str] = ..., units: _Optional[int] = ...) -> None: ...
 
 class DenseShape(_message.Message):
     __slots__ = ("name", "shape")
@@ -329,16 +373,18 @@ class DenseShape(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ModelSpec(_message.Message):
-    __slots__ = ("base_hash", "matrices", "dense", "mask")
+    __slots__ = ("base_hash", "matrices", "dense", "mask", "groups")
     BASE_HASH_FIELD_NUMBER: _ClassVar[int]
     MATRICES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     base_hash: str
     matrices: _containers.RepeatedCompositeFieldContainer[Matrix]
     dense: _containers.RepeatedCompositeFieldContainer[DenseShape]
     mask: bytes
-    def __init__(self, base_hash: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[Matrix, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., mask: _Optional[bytes] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    def __init__(self, base_hash: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[Matrix, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., mask: _Optional[bytes] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("report", "spec")

@@ -164,8 +164,8 @@ class Payload:
     """What adds to a model: low-rank terms by module name, dense terms by module or parameter name, coefficients.
 
     `scalars` is a device's answer in a subspace, or the server's list of directions to step along; it is no part of a
-    model. With `keep`, the terms are those of a pruned model: b has the kept rows and a the kept columns alone, in their
-    order; a group that is not named is kept whole.
+    model. With `keep`, the terms are those of a pruned model: b has the kept rows and a the kept columns alone, in
+    their order; a group that is not named is kept whole.
     """
 
     factors: Mapping[str, LowRank] = field(default_factory=dict)
@@ -258,7 +258,8 @@ class Task:
     train_a: bool = True  # False: A is frozen (FFA-LoRA)
     shared_a_seed: int | None = None  # set: A is initial_a(this seed, ...) on both sides and travels as a [r, 0]
     send: bool = True  # False: the adapter stays on the device (local-only)
-    start: Payload = field(default_factory=Payload)
+    ranks: Mapping[str, int] = field(default_factory=dict)  # set: these modules alone, at these ranks (see `rank_of`)
+    start: Payload = field(default_factory=Payload)  # its `keep`: what the device may keep; it may prune these groups
     patch: Patch | None = None  # brings the model to a version, empty when it is there; None: the base itself
     run: str = ""
     nonce: int = 0
@@ -266,6 +267,14 @@ class Task:
     state_round: int = 0  # which of its own saved states the device goes on from
     wire: str = "fp32"  # the dtype that the answer travels in
     knobs: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter; 0 for a module that gets none."""
+        return self.ranks.get(module, 0) if self.ranks else self.rank
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of a module's adapter: the task's per rank, so that alpha / rank is the same for every module."""
+        return self.alpha * self.rank_of(module) / self.rank if self.ranks else self.alpha
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.protocols import fedloom_pb2 as pb
 from fedloom.protocols import validate
+from fedloom.protocols.bitpack import join_bits, split_bits
 from fedloom.protocols.enums import DTYPES, member
 from fedloom.protocols.framing import ALIGN, Buffer, checksum, padding
 from fedloom.protocols.messages import Array, LowRank, Payload
@@ -71,6 +73,8 @@ def pack_payload(payload: Payload, wire: str, seed: int) -> PackedPayload:
         coefficients, piece = write_coefficients(payload.coefficients)
         header.coefficients.CopyFrom(coefficients)
         data.append(piece)
+    for group, bits in payload.keep.items():
+        header.keep.add(name=group, units=bits.size, bits=join_bits(bits))
     header.data_bytes = sum(len(piece) for piece in data)
     header.data_crc32 = checksum(data)
     return PackedPayload(header, tuple(data))
@@ -91,6 +95,7 @@ def unpack_payload(header: pb.Payload, data: memoryview, where: str) -> tuple[Pa
         raise ValueError(f"{where} must have <= {validate.MAX_ENTRIES} tensors")
     validate.names(f"{where}.factors", (entry.name for entry in header.factors), len(header.factors))
     validate.names(f"{where}.dense", (entry.name for entry in header.dense), len(header.dense))
+    keep = _read_keep(header, f"{where}.keep")
     plans = [plan for entry in header.factors for plan in _factor_plans(entry)]
     plans += [_Plan.of(entry.tensor, f"dense {entry.name!r}") for entry in header.dense]
     scalars = scalars_bytes(header.scalars, f"{where}.scalars") if header.HasField("scalars") else 0
@@ -122,8 +127,23 @@ def unpack_payload(header: pb.Payload, data: memoryview, where: str) -> tuple[Pa
         coefficients=read_coefficients(header.coefficients, left[scalars:], f"{where}.coefficients")
         if header.HasField("coefficients")
         else None,
+        keep=keep,
     )
     return payload, rest
+
+
+def _read_keep(header: pb.Payload, where: str) -> dict[str, NDArray[np.bool_]]:
+    """The keep-bitmaps of a header, bool [units] by group: 8 bytes a byte of it, MAX_UNITS in all."""
+    validate.names(where, (entry.name for entry in header.keep), len(header.keep))
+    validate.unit_counts(where, {entry.name: entry.units for entry in header.keep})
+    keep: dict[str, NDArray[np.bool_]] = {}
+    for entry in header.keep:
+        try:
+            keep[entry.name] = split_bits(entry.bits, entry.units).view(np.bool_)
+        except ValueError as error:
+            raise ValueError(f"{where}[{entry.name!r}]: {error}") from None
+        keep[entry.name].flags.writeable = False
+    return keep
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fedloom.protocols import validate
 from fedloom.protocols.enums import DTYPES, KINDS, STARTS, member
 from fedloom.protocols.framing import Buffer
 from fedloom.protocols.messages import (
+    Axis,
     Cost,
     DeviceReport,
     Hello,
@@ -63,6 +64,7 @@ def write_task(task: Task, pack: Pack) -> tuple[pb.Task, Data]:
             subspace=None if task.subspace is None else write_subspace(task.subspace),
             scalar_limit=task.scalar_limit,
             strategy=task.strategy,
+            ranks=[pb.ModuleRank(name=name, rank=rank) for name, rank in task.ranks.items()],
         ),
         start.data,
     )
@@ -114,6 +116,7 @@ def read_task(record: pb.Task, data: memoryview) -> tuple[Task, memoryview]:
         subspace=read_subspace(record.subspace, "task.subspace") if record.HasField("subspace") else None,
         scalar_limit=record.scalar_limit,
         strategy=record.strategy,
+        ranks=_table("task.ranks", record.ranks, lambda entry: entry.rank),
     )
     return task, data
 
@@ -169,11 +172,19 @@ def write_hello(hello: Hello, pack: Pack) -> tuple[pb.Hello, Data]:
         spec=pb.ModelSpec(
             base_hash=spec.base_hash,
             matrices=[
-                pb.Matrix(name=name, d_out=matrix.d_out, d_in=matrix.d_in, kind=matrix.kind)
+                pb.Matrix(
+                    name=name,
+                    d_out=matrix.d_out,
+                    d_in=matrix.d_in,
+                    kind=matrix.kind,
+                    rows=_axis(matrix.rows),
+                    columns=_axis(matrix.columns),
+                )
                 for name, matrix in spec.matrices.items()
             ],
             dense=[pb.DenseShape(name=name, shape=shape) for name, shape in spec.dense.items()],
             mask=bytes.fromhex(spec.mask),
+            groups=[pb.Group(name=name, units=units) for name, units in spec.groups.items()],
         ),
     )
     return record, ()
@@ -193,13 +204,24 @@ def read_hello(record: pb.Hello, data: memoryview) -> tuple[Hello, memoryview]:
     )
     spec = ModelSpec(
         base_hash=record.spec.base_hash,
-        matrices=_table(
-            "spec.matrices", record.spec.matrices, lambda m: MatrixSpec(d_out=m.d_out, d_in=m.d_in, kind=m.kind)
-        ),
+        matrices=_table("spec.matrices", record.spec.matrices, _matrix),
         dense=_table("spec.dense", record.spec.dense, lambda entry: tuple(entry.shape)),
         mask=record.spec.mask.hex(),
+        groups=_table("spec.groups", record.spec.groups, lambda entry: entry.units),
     )
     return Hello(report=report, spec=spec), data
+
+
+def _axis(axis: Axis | None) -> pb.Axis | None:
+    return None if axis is None else pb.Axis(group=axis.group, width=axis.width, offsets=axis.offsets)
+
+
+def _matrix(record: pb.Matrix) -> MatrixSpec:
+    rows, columns = (
+        Axis(group=axis.group, width=axis.width, offsets=tuple(axis.offsets)) if record.HasField(side) else None
+        for side, axis in (("rows", record.rows), ("columns", record.columns))
+    )
+    return MatrixSpec(d_out=record.d_out, d_in=record.d_in, kind=record.kind, rows=rows, columns=columns)
 
 
 def write_refusal(refusal: Refusal, pack: Pack) -> tuple[pb.Refusal, Data]:

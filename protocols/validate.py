@@ -9,9 +9,11 @@ from enum import StrEnum
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.protocols.directions import check_k, known_family
 from fedloom.protocols.messages import (
+    Axis,
     Coefficients,
     Hello,
     Kind,
@@ -38,6 +40,8 @@ RANK_LIMIT: Final = 2**31
 MAX_SCALARS: Final = 2**22
 MAX_DIRECTIONS: Final = 2**20  # of a subspace, as in directions.check_k
 STEP_LIMIT: Final = 2**53  # |steps| of coefficients stay below it
+MAX_UNITS: Final = 2**24  # of all groups together
+MAX_OFFSETS: Final = 16  # of an axis
 EXPONENTS: Final = (-1074, 1024)  # powers of two that are finite float64, subnormal ones included
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -120,6 +124,35 @@ def check_payload(where: str, payload: Payload) -> None:
         _scalars(f"{where}.scalars", payload.scalars)
     if payload.coefficients is not None:
         _coefficients(f"{where}.coefficients", payload.coefficients)
+    unit_counts(f"{where}.keep", {group: bits.size for group, bits in payload.keep.items()})
+    for group, bits in payload.keep.items():
+        _kept(f"{where}.keep[{group!r}]", bits)
+
+
+def unit_counts(where: str, units: Mapping[str, int]) -> None:
+    """Raise ValueError unless groups have good names, 1 unit or more each and MAX_UNITS at most in all."""
+    names(where, units, len(units))
+    for group, count in units.items():
+        integer(f"units of {where}[{group!r}]", count, MAX_UNITS + 1, least=1)
+    if sum(units.values()) > MAX_UNITS:
+        raise ValueError(f"{where} must have <= {MAX_UNITS} units in all, got {sum(units.values())}")
+
+
+def _kept(where: str, bits: NDArray[np.bool_]) -> None:
+    if bits.dtype != np.bool_ or bits.ndim != 1:
+        raise ValueError(f"{where} must be a vector of bool, got {bits.dtype} of shape {list(bits.shape)}")
+    if not bits.any():
+        raise ValueError(f"{where} must keep at least one unit, got none")
+
+
+def check_keep(where: str, keep: Mapping[str, NDArray[np.bool_]], groups: Mapping[str, int]) -> None:
+    """Raise ValueError unless keep-bitmaps are of these groups, a bit for each unit, at least one of them set."""
+    for group, bits in keep.items():
+        if group not in groups:
+            raise ValueError(f"{where} must name groups of the model, got {group!r}")
+        _kept(f"{where}[{group!r}]", bits)
+        if len(bits) != groups[group]:
+            raise ValueError(f"{where}[{group!r}] must have {groups[group]} units, got {len(bits)}")
 
 
 def digest(where: str, value: object) -> None:
@@ -236,6 +269,11 @@ def check_task(task: Task) -> None:
     positive("task.alpha", task.alpha)
     known_wire(task.wire)
     _knobs("task.knobs", task.knobs)
+    names("task.ranks", task.ranks, len(task.ranks))
+    for name, rank in task.ranks.items():
+        integer(f"task.ranks[{name!r}]", rank, RANK_LIMIT, least=1)
+    if task.ranks and not task.rank:
+        raise ValueError("task.rank must be >= 1 where task.ranks are given, got 0")
     check_payload("task.start", task.start)
     if task.patch is not None:
         _patch(task.patch)
@@ -269,14 +307,36 @@ def _spec(spec: ModelSpec) -> None:
     names("spec.matrices", spec.matrices, len(spec.matrices))
     names("spec.dense", spec.dense, len(spec.dense))
     digest("spec.mask", spec.mask)
+    unit_counts("spec.groups", spec.groups)
     for name, matrix in spec.matrices.items():
         text(f"kind of {name!r}", matrix.kind)
         integer(f"d_out of {name!r}", matrix.d_out, least=1)
         integer(f"d_in of {name!r}", matrix.d_in, least=1)
+        for side, axis, size in (("rows", matrix.rows, matrix.d_out), ("columns", matrix.columns, matrix.d_in)):
+            if axis is not None:
+                _axis(f"{side} of {name!r}", axis, size, spec.groups)
     for name, dims in spec.dense.items():
         shape(f"dense {name!r}", dims)
         for length in dims:
             integer(f"a length of dense {name!r}", length)
+
+
+def _axis(where: str, axis: Axis, size: int, groups: Mapping[str, int]) -> None:
+    """Raise ValueError unless the units of an axis lie within `size` indices and none owns another's."""
+    text(f"group of {where}", axis.group)
+    if axis.group not in groups:
+        raise ValueError(f"group of {where} must be one of spec.groups, got {axis.group!r}")
+    integer(f"width of {where}", axis.width, least=1)
+    if not 1 <= len(axis.offsets) <= MAX_OFFSETS:
+        raise ValueError(f"{where} must have 1..{MAX_OFFSETS} offsets, got {len(axis.offsets)}")
+    span, free = groups[axis.group] * axis.width, 0
+    for offset in axis.offsets:
+        integer(f"an offset of {where}", offset)
+        if offset < free:
+            raise ValueError(f"offsets of {where} must ascend by {span} or more, got {list(axis.offsets)}")
+        free = offset + span
+    if free > size:
+        raise ValueError(f"units of {where} must lie within its {size} indices, got an end of {free}")
 
 
 def check_hello(hello: Hello) -> None:

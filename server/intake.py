@@ -12,6 +12,7 @@ from fedloom.protocols.config import Train
 from fedloom.protocols.messages import Array, Kind, ModelSpec, Over, Payload, Task, Update
 from fedloom.protocols.seeds import draw_indices
 from fedloom.strategies import intake as strategies_intake
+from fedloom.strategies.masked import check_within
 from fedloom.strategies.subspace import check_scalars
 
 # Far above what devices that train send, and far enough below what sums and products of float32 can hold that no
@@ -29,8 +30,8 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
 
     Raises:
         ValueError: for an answer to another task (run, round, device, kind, nonce), tensors that nobody asked for, an
-            unknown or missing module, a wrong shape, rank or alpha, a value that is not finite or absurdly large, or
-            metrics that cannot be pooled.
+            unknown or missing module, a unit that its task has dropped, a wrong shape, rank or alpha, a value that is
+            not finite or absurdly large, or metrics that cannot be pooled.
     """
     for name in ("run", "round", "device", "kind", "nonce"):
         asked, got = getattr(task, name), getattr(update, name)
@@ -42,23 +43,39 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
         raise ValueError(f"an update must count examples <= {MOST_EXAMPLES}, got {update.examples}")
     _check_measured(update)
     if not (task.send and task.kind == Kind.TRAIN):
-        if update.payload:
+        if update.payload or update.payload.keep:
             raise ValueError("this task asks for no tensors, got some")
         return
     if task.subspace is not None:
         _check_scalars(update, task)
         return
-    strategies_intake.check_update(update, spec, shared_a=not task.train_a)
+    _check_kept(update, task, spec)
     for name, term in update.payload.factors.items():
-        if (term.rank, term.alpha, term.rslora) != (task.rank, task.alpha, task.rslora):
+        rank, alpha = task.rank_of(name), task.alpha_of(name)
+        if (term.rank, term.alpha, term.rslora) != (rank, alpha, task.rslora):
             raise ValueError(
-                f"factors of {name} must have the task's rank {task.rank} and alpha {task.alpha:g}, "
+                f"factors of {name} must have the task's rank {rank} and alpha {alpha:g}, "
                 f"got rank {term.rank} and alpha {term.alpha:g}"
             )
         _check_size(name, term.b, LARGEST)
         _check_size(name, term.a, LARGEST)
     for name, value in update.payload.dense.items():
         _check_size(name, value, LARGEST)
+
+
+def _check_kept(update: Update, task: Task, spec: ModelSpec) -> None:
+    """The modules that the task names, each of the shape that the update's own keep gives it.
+
+    A device prunes only where its task's start carries a keep, and brings nothing back that is dropped there.
+    """
+    keep, allowed = update.payload.keep, task.start.keep
+    strategies_intake.check_update(
+        update, spec, shared_a=not task.train_a, masked=bool(allowed), partial=bool(task.ranks)
+    )
+    check_within("an update", keep, allowed)
+    if task.ranks and update.payload.factors.keys() != task.ranks.keys():
+        differ = sorted(update.payload.factors.keys() ^ task.ranks.keys())[:3]
+        raise ValueError(f"an update must carry the modules of its task's ranks, got a difference in {differ}")
 
 
 def _check_size(name: str, values: Array, largest: float) -> None:

@@ -7,6 +7,8 @@ error feedback after Seide et al. (2014) and Karimireddy et al. (2019).
     M_t = dW_t + E_{t-1},    delta_t = best rank-r approximation of M_t,    E_t = M_t - delta_t
     W_t = W_{t-1} + delta_t on every device;  next: B = 0, A = the top right singular vectors of delta_t
 
+Updates of pruned models, and of some modules only, are averaged over the devices that keep a row or column (masked.py).
+
 Legend: B_k [d_out, r_k], A_k [r_k, d_in], s_k = alpha_k / r_k or alpha_k / sqrt(r_k); E the residual, in factors or
 dense past the break-even rank; delta_t in factors b = U S [d_out, r], a = V^T [r, d_in].
 """
@@ -49,6 +51,12 @@ class Fedloom(MergeOptions):
         default=True, metadata={"doc": "Keep what was cut on the server and add it to the next round."}
     )
     residual_rank: int = field(default=0, metadata={"doc": "Largest rank of what is kept back; 0: all of it, exactly."})
+    partial: bool = field(
+        default=False,
+        metadata={
+            "doc": "Take updates that leave out modules, and average each module over the devices that adapt it."
+        },
+    )
     start: Literal["patch", "fresh"] = field(
         default="patch",
         metadata={"doc": "Where A starts: `patch`, the newest delta's right singular vectors; `fresh`, random."},
@@ -82,7 +90,7 @@ class Fedloom(MergeOptions):
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
         """One round: sum, step, cut, keep back."""
         spec = spec_of(state)
-        total = product_sum(updates, spec, self.clip_norm)
+        total = product_sum(updates, spec, self.clip_norm, partial=self.partial)
         kept: dict[str, LowRank] = {}
         tensors: dict[str, Array] = {}
         for name, change in total.matrices():

@@ -6,6 +6,8 @@ Every device merges the stack into its base and starts the next round from a fre
 the rank of the stack to r times the number of clients and is right for one alpha only; here rank and scale come with
 each factor.
 
+Updates of pruned models, and of some modules only, are scattered to full size and stacked alike (masked.py).
+
 Legend: B_k [d_out, r_k], A_k [r_k, d_in], s_k = alpha_k / r_k or alpha_k / sqrt(r_k), p_k = n_k / sum n. The downlink
 is the stack, of rank sum r_k; past the break-even rank the dense matrix is smaller and goes in its place.
 """
@@ -13,7 +15,7 @@ is the stack, of rank sum r_k; past the break-even rank the dense matrix is smal
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedloom.protocols.messages import Array, DeviceReport, ModelSpec, Patch, Payload, Start, Task, Update
 from fedloom.strategies import planning
@@ -28,6 +30,13 @@ from fedloom.strategies.server_optimizer import MergeOptions, refuse_elementwise
 @dataclass(frozen=True, kw_only=True)
 class Flora(MergeOptions):
     """FLoRA: the exact stack of every client's factors goes to every device."""
+
+    partial: bool = field(
+        default=False,
+        metadata={
+            "doc": "Take updates that leave out modules, and average each module over the devices that adapt it."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +56,7 @@ class Flora(MergeOptions):
 
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
         """One round: stack what came."""
-        total = product_sum(updates, spec_of(state), self.clip_norm)
+        total = product_sum(updates, spec_of(state), self.clip_norm, partial=self.partial)
         deltas: dict[str, Delta] = {}
         tensors: dict[str, Array] = {}
         for name, change in total.matrices():

@@ -15,39 +15,45 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from fedloom.protocols.messages import Array, LowRank, ModelSpec, Payload, Update, unscaled
-from fedloom.strategies.lowrank import Accumulator, Delta, as_float, inner, payload_norm
+from fedloom.protocols.validate import check_keep
+from fedloom.strategies.lowrank import Delta, as_float, inner, payload_norm
+from fedloom.strategies.masked import MaskedAccumulator, pruned
 
 
-def check_update(update: Update, spec: ModelSpec, *, shared_a: bool = False) -> None:
+def check_update(
+    update: Update, spec: ModelSpec, *, shared_a: bool = False, masked: bool = False, partial: bool = False
+) -> None:
     """Hold an update against the model.
 
     Args:
         update: what a device answered.
         spec: the model that the state is for.
         shared_a: A travels as [r, 0], since both sides know it (FFA-LoRA).
+        masked: it may come from a pruned model, its shapes those of its keep.
+        partial: it may leave out modules, though not all of them.
 
     Raises:
-        ValueError: for an unknown or missing module or head, a wrong shape, an impossible rank, an alpha that is not
-            positive, or a value that is not finite.
+        ValueError: for an unknown or missing module or head, a keep that is not of the model's groups or not allowed, a
+            wrong shape, an impossible rank, an alpha that is not positive, or a value that is not finite.
     """
     who, payload = f"update of {update.device}", update.payload
     if update.examples < 0:
         raise ValueError(f"{who} must count examples >= 0, got {update.examples}")
-    for kind, got, wanted in (
-        ("adapted module", set(payload.factors), set(spec.matrices)),
-        ("trained head", set(payload.dense), set(spec.dense)),
-    ):
-        if got != wanted:
-            raise ValueError(f"{who} must carry each {kind} once, got a difference in {sorted(got ^ wanted)[:3]}")
+    _check_names(who, payload, spec, partial)
+    if payload.keep and not masked:
+        raise ValueError(f"{who} must be of the whole model, got one pruned in {sorted(payload.keep)[:3]}")
+    check_keep(f"keep of {who}", payload.keep, spec.groups)
+    kept = pruned(spec, payload.keep) if payload.keep else spec
     for name, term in payload.factors.items():
-        d_out, d_in = spec.matrices[name].d_out, spec.matrices[name].d_in
+        d_out, d_in = kept.matrices[name].d_out, kept.matrices[name].d_in
         columns = 0 if shared_a else d_in
         if term.b.shape[0] != d_out or term.a.shape[1] != columns:
             raise ValueError(
                 f"{who} must have b [{d_out}, r] and a [r, {columns}] for {name}, got {term.b.shape} and {term.a.shape}"
             )
-        if term.rank > min(d_out, d_in):
-            raise ValueError(f"{who} must have a rank <= {min(d_out, d_in)} for {name}, got {term.rank}")
+        most = min(spec.matrices[name].d_out, spec.matrices[name].d_in)  # a pruned one keeps the rank it was asked for
+        if term.rank > most:
+            raise ValueError(f"{who} must have a rank <= {most} for {name}, got {term.rank}")
         if not (math.isfinite(term.alpha) and term.alpha > 0):
             raise ValueError(f"{who} must have a finite alpha > 0 for {name}, got {term.alpha}")
         _check_values(who, name, term.b, term.a)
@@ -55,6 +61,18 @@ def check_update(update: Update, spec: ModelSpec, *, shared_a: bool = False) -> 
         if value.shape != spec.dense[name]:
             raise ValueError(f"{who} must have shape {spec.dense[name]} for {name}, got {value.shape}")
         _check_values(who, name, value)
+
+
+def _check_names(who: str, payload: Payload, spec: ModelSpec, partial: bool) -> None:
+    modules, heads = set(payload.factors), set(payload.dense)
+    for kind, got, wanted in (
+        ("adapted module", modules, set(spec.matrices) & modules if partial else set(spec.matrices)),
+        ("trained head", heads, set(spec.dense)),
+    ):
+        if got != wanted:
+            raise ValueError(f"{who} must carry each {kind} once, got a difference in {sorted(got ^ wanted)[:3]}")
+    if spec.matrices and not modules:
+        raise ValueError(f"{who} must carry an adapted module, got none")
 
 
 def _check_values(who: str, name: str, *arrays: Array) -> None:
@@ -65,7 +83,9 @@ def _check_values(who: str, name: str, *arrays: Array) -> None:
             raise ValueError(f"{who} must be finite for {name}, got NaN or infinity")
 
 
-def taken(updates: Iterable[Update], spec: ModelSpec, *, shared_a: bool = False) -> Iterator[Update]:
+def taken(
+    updates: Iterable[Update], spec: ModelSpec, *, shared_a: bool = False, masked: bool = False, partial: bool = False
+) -> Iterator[Update]:
     """The updates one by one, each checked, without those of no examples.
 
     Raises:
@@ -73,7 +93,7 @@ def taken(updates: Iterable[Update], spec: ModelSpec, *, shared_a: bool = False)
     """
     count = 0
     for update in updates:
-        check_update(update, spec, shared_a=shared_a)
+        check_update(update, spec, shared_a=shared_a, masked=masked, partial=partial)
         if update.examples:
             count += 1
             yield update
@@ -151,37 +171,40 @@ class TensorSum:
 
 
 class ProductSum:
-    """The exact streaming mean of products: dW = sum_k p_k s_k B_k A_k for each module, and the heads' mean."""
+    """The exact streaming mean of products: dW = sum_k p_k s_k B_k A_k for each module, and the heads' mean.
+
+    p_k is over the updates that have the module and, of a pruned one, over those that keep the row or column.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._matrices = {name: Accumulator(matrix) for name, matrix in spec.matrices.items()}
+        self._matrices = {name: MaskedAccumulator(matrix) for name, matrix in spec.matrices.items()}
         self._heads = TensorSum()
         self._weight = 0.0
 
     def add(self, payload: Payload, weight: float, share: float = 1.0) -> None:
         """One update of this weight, multiplied by `share`."""
         for name, term in payload.factors.items():
-            self._matrices[name].add(term, weight * share)
+            self._matrices[name].add(term, weight, payload.keep, share)
         self._heads.add(payload.dense, weight * share)
         self._weight += weight
 
     def add_term(self, name: str, term: LowRank, weight: float) -> None:
         """One more term of a module that does not count as an update."""
-        self._matrices[name].add(term, weight)
+        self._matrices[name].add_term(term, weight)
 
     def matrices(self) -> Iterator[tuple[str, Delta]]:
         """Each module's mean, once: what is handed out is let go."""
         for name, matrix in self._matrices.items():
-            yield name, matrix.finish(self._weight)
+            yield name, matrix.finish()
 
     def heads(self) -> dict[str, Array]:
         """The heads' mean."""
         return self._heads.finish(self._weight)
 
 
-def product_sum(updates: Iterable[Update], spec: ModelSpec, clip_norm: float) -> ProductSum:
-    """dW of all updates, each clipped in its product norm."""
+def product_sum(updates: Iterable[Update], spec: ModelSpec, clip_norm: float, *, partial: bool = False) -> ProductSum:
+    """dW of all updates, pruned ones too, each clipped in its product norm; some without some modules, if `partial`."""
     total = ProductSum(spec)
-    for update in taken(updates, spec):
+    for update in taken(updates, spec, masked=True, partial=partial):
         total.add(update.payload, float(update.examples), clip_share(update.payload, clip_norm))
     return total

@@ -59,7 +59,7 @@ class Local:
         """
         examples = 0
         for update in updates:
-            if update.payload:
+            if update.payload or update.payload.keep:
                 raise ValueError(f"update of {update.device} must carry no tensors under local, got some")
             if update.examples < 0:
                 raise ValueError(f"update of {update.device} must count examples >= 0, got {update.examples}")

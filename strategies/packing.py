@@ -6,24 +6,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fedloom.protocols.messages import Array, MatrixSpec, ModelSpec, Payload, unscaled
+from fedloom.protocols.messages import Array, Axis, MatrixSpec, ModelSpec, Payload, unscaled
 from fedloom.strategies.base import State
 from fedloom.strategies.lowrank import Delta, fold
 
 
 def spec_to_meta(spec: ModelSpec) -> dict[str, Any]:
     """A spec as JSON-able tables."""
-    return {
+    table = {
         "base_hash": spec.base_hash,
         "matrices": {name: [matrix.d_out, matrix.d_in, matrix.kind] for name, matrix in spec.matrices.items()},
         "dense": {name: list(shape) for name, shape in spec.dense.items()},
         "mask": spec.mask,
     }
+    if spec.groups:  # a model that cannot be pruned has the table it always had
+        axes = {name: [_axis_table(matrix.rows), _axis_table(matrix.columns)] for name, matrix in spec.matrices.items()}
+        table |= {"groups": dict(spec.groups), "axes": {name: pair for name, pair in axes.items() if any(pair)}}
+    return table
+
+
+def _axis_table(axis: Axis | None) -> list[Any] | None:
+    return None if axis is None else [axis.group, axis.width, list(axis.offsets)]
+
+
+def _axis_from(table: Sequence[Any] | None) -> Axis | None:
+    return None if table is None else Axis(group=table[0], width=table[1], offsets=tuple(table[2]))
 
 
 def spec_of(state: State) -> ModelSpec:
@@ -33,11 +45,17 @@ def spec_of(state: State) -> ModelSpec:
 
 def spec_from_meta(table: Mapping[str, Any]) -> ModelSpec:
     """The spec of `spec_to_meta`'s tables."""
+    axes = table.get("axes", {})
+    matrices: dict[str, MatrixSpec] = {}
+    for name, (d_out, d_in, kind) in table["matrices"].items():
+        rows, columns = (_axis_from(axis) for axis in axes.get(name, (None, None)))
+        matrices[name] = MatrixSpec(d_out=d_out, d_in=d_in, kind=kind, rows=rows, columns=columns)
     return ModelSpec(
         base_hash=table["base_hash"],
-        matrices={name: MatrixSpec(d_out=m[0], d_in=m[1], kind=m[2]) for name, m in table["matrices"].items()},
+        matrices=matrices,
         dense={name: tuple(shape) for name, shape in table["dense"].items()},
         mask=table["mask"],
+        groups=dict(table.get("groups", {})),
     )
 
 

@@ -169,7 +169,8 @@ def check_scalars(update: Update, subspace: Subspace, limit: float) -> Scalars:
     who, scalars = f"update of {update.device}", update.payload.scalars
     if update.examples < 0:
         raise ValueError(f"{who} must count examples >= 0, got {update.examples}")
-    if scalars is None or update.payload.factors or update.payload.dense or update.payload.coefficients is not None:
+    others = (update.payload.factors, update.payload.dense, update.payload.keep)
+    if scalars is None or any(others) or update.payload.coefficients is not None:
         raise ValueError(f"{who} must carry scalars and nothing else")
     expected = (Over.STEPS, Over.BASIS) if subspace.family == "sketch" else (Over.POOL,)
     if scalars.over not in expected or scalars.k != subspace.k:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedloom.protocols.codec import encode
 from fedloom.protocols.messages import (
+    Axis,
     Coefficients,
     Cost,
     DeviceReport,
@@ -29,6 +30,7 @@ from fedloom.protocols.messages import (
     Task,
     Update,
 )
+from fedloom.strategies.masked import slice_payload
 
 WIRES = ("fp32", "fp16", "bf16", "int8")
 SPEC = ModelSpec(
@@ -36,6 +38,15 @@ SPEC = ModelSpec(
     matrices={"q": MatrixSpec(d_out=4, d_in=3), "c": MatrixSpec(d_out=3, d_in=5, kind="conv1d")},
     dense={"head": (2, 3)},
 )
+PRUNABLE = replace(
+    SPEC,
+    matrices={
+        "q": MatrixSpec(d_out=4, d_in=3, rows=Axis(group="heads", width=2)),
+        "c": MatrixSpec(d_out=3, d_in=5, kind="conv1d", columns=Axis(group="heads", width=1, offsets=(0, 3))),
+    },
+    groups={"heads": 2, "channels": 9},
+)
+KEEP = {"heads": np.array([False, True]), "channels": np.arange(9) % 2 == 0}
 POOL = Subspace(family="rademacher", k=37, seed=5)
 SKETCH = Subspace(family="sketch", k=16, seed=6)
 LORA = Subspace(family="gaussian", k=5, seed=2**64 - 1, scope=Scope.LORA, rank=2, alpha=4.0, rslora=True)
@@ -90,6 +101,8 @@ def payloads() -> list[Payload]:
         coefficients(LORA, 900),
         coefficients(MASKED, -1074),
         full,
+        slice_payload(model_payload(PRUNABLE), PRUNABLE, KEEP),
+        Payload(keep=KEEP),
     ]
 
 
@@ -118,6 +131,7 @@ def tasks() -> list[Task]:
     knobs: dict[str, Any] = {"lr": 0.5, "steps": 8, "flag": True, "optimizer": "sgd", "low": -(2**63)}
     made.append(replace(base, knobs=knobs, wire="int8", kind=Kind.EVALUATE, strategy="fedloom", tuner="lora"))
     made.append(replace(base, shared_a_seed=2**64 - 1, train_a=False, send=False, rslora=True, seed=2**64 - 1))
+    made.append(replace(base, ranks={"c": 1, "q": 2**31 - 1}))
     made += [replace(base, subspace=subspace, scalar_limit=2.0) for subspace in (POOL, SKETCH, LORA, MASKED)]
     return made
 
@@ -127,7 +141,9 @@ def hellos() -> list[Hello]:
     forward = replace(report, capabilities=("forward", "backprop"), version=5, state_round=4)
     empty = ModelSpec(base_hash="h", matrices={})
     masked = replace(SPEC, mask="0a" * 32)
-    return [Hello(report=report, spec=SPEC), Hello(report=forward, spec=masked), Hello(report=forward, spec=empty)]
+    return [Hello(report=report, spec=SPEC)] + [
+        Hello(report=forward, spec=spec) for spec in (masked, empty, PRUNABLE, replace(SPEC, groups={"heads": 2}))
+    ]
 
 
 def refusals() -> list[Refusal]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from fedloom.protocols.messages import (
+    Axis,
     Coefficients,
     Cost,
     DeviceReport,
@@ -38,6 +39,7 @@ _WORDS: Final = st.sampled_from([0, 1, 2**32, 2**63, 2**64 - 1])
 _SIZES: Final = st.integers(1, 4)
 _REALS: Final = st.floats(-1e300, 1e300, allow_nan=False)
 _ALPHAS: Final = st.sampled_from([1.0, 4.0, 1e-300, 1e300])
+_BITS: Final = st.lists(st.booleans(), min_size=1, max_size=17).filter(any)
 _HEX: Final = st.sampled_from(["", "0a", "5e" * 32])
 _DIGESTS: Final = st.sampled_from(["0a" * 32, "ff" * 32])
 
@@ -99,6 +101,7 @@ def _payloads(draw: DrawFn) -> Payload:
         dense={name: draw(_dense()) for name in draw(_NAMES)},
         scalars=draw(st.none() | _scalars()),
         coefficients=draw(st.none() | _coefficients()),
+        keep={name: np.array(draw(_BITS)) for name in draw(_NAMES)},
     )
 
 
@@ -125,11 +128,13 @@ def _patches(draw: DrawFn) -> Patch:
 
 @st.composite
 def tasks(draw: DrawFn) -> Task:
+    ranks = {name: draw(_SIZES) for name in draw(_NAMES)}
     knob = st.booleans() | _REALS | _TEXT | st.integers(-(2**63), 2**63 - 1)
     return Task(
         device=draw(_TEXT),
         round=draw(_COUNTS),
-        rank=draw(st.sampled_from([0, 1, 2**31 - 1])),
+        rank=draw(st.sampled_from([1, 2**31 - 1] if ranks else [0, 1, 2**31 - 1])),
+        ranks=ranks,
         alpha=draw(_ALPHAS),
         start_from=draw(st.sampled_from(Start)),
         kind=draw(st.sampled_from(Kind)),
@@ -153,6 +158,25 @@ def tasks(draw: DrawFn) -> Task:
 
 
 @st.composite
+def _axes(draw: DrawFn, groups: dict[str, int]) -> Axis:
+    group, width, free = draw(st.sampled_from(sorted(groups))), draw(_SIZES), 0
+    offsets = []
+    for gap in draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)):
+        offsets.append(free + gap)
+        free += gap + groups[group] * width
+    return Axis(group=group, width=width, offsets=tuple(offsets))
+
+
+@st.composite
+def _matrices(draw: DrawFn, groups: dict[str, int]) -> MatrixSpec:
+    axis = st.none() | _axes(groups) if groups else st.none()
+    rows, columns = draw(axis), draw(axis)
+    ends = [0 if side is None else side.offsets[-1] + groups[side.group] * side.width for side in (rows, columns)]
+    d_out, d_in = (max(end, 1) + draw(st.integers(0, 3)) for end in ends)
+    return MatrixSpec(d_out=d_out, d_in=d_in, kind=draw(_TEXT), rows=rows, columns=columns)
+
+
+@st.composite
 def hellos(draw: DrawFn) -> Hello:
     report = DeviceReport(
         device=draw(_TEXT),
@@ -163,13 +187,14 @@ def hellos(draw: DrawFn) -> Hello:
         capabilities=tuple(draw(_NAMES)),
         software=draw(_TEXT),
     )
-    sizes = st.builds(MatrixSpec, d_out=_SIZES, d_in=_SIZES, kind=_TEXT)
+    groups = {name: draw(st.integers(1, 9)) for name in draw(_NAMES)}
     shapes = st.lists(_SIZES, min_size=1, max_size=4).map(tuple)
     spec = ModelSpec(
         base_hash=draw(_TEXT | _HEX),
-        matrices={name: draw(sizes) for name in draw(_NAMES)},
+        matrices={name: draw(_matrices(groups)) for name in draw(_NAMES)},
         dense={name: draw(shapes) for name in draw(_NAMES)},
         mask=draw(st.just("") | _DIGESTS),
+        groups=groups,
     )
     return Hello(report=report, spec=spec)
 

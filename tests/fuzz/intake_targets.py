@@ -25,6 +25,7 @@ from wire_targets import mutate_frame
 from fedloom.protocols.codec import TaskEncoder, decode_answer, encode
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.messages import (
+    Axis,
     DeviceReport,
     Hello,
     Kind,
@@ -47,13 +48,19 @@ from fedloom.server.roster import Roster
 from fedloom.server.watch import Silent
 from fedloom.strategies.base import Scaling, State, Strategy
 from fedloom.strategies.ffa import drop_a
+from fedloom.strategies.masked import slice_payload, slice_task
 from fedloom.strategies.registry import build
 
 SPEC: Final = ModelSpec(
     base_hash="5e" * 32,
-    matrices={"q": MatrixSpec(d_out=6, d_in=5), "c": MatrixSpec(d_out=5, d_in=7, kind="conv1d")},
+    matrices={
+        "q": MatrixSpec(d_out=6, d_in=5, rows=Axis(group="heads", width=1, offsets=(0, 3))),
+        "c": MatrixSpec(d_out=5, d_in=7, kind="conv1d", columns=Axis(group="heads", width=2)),
+    },
     dense={"head": (2, 3)},
+    groups={"heads": 3},
 )
+KEEP: Final = {"heads": np.array([True, False, True])}  # of the tasks to devices that prune
 RUN: Final = "0123abcd"
 DEVICES: Final = [DeviceReport(device=name, examples=9, rank=2) for name in ("hospital-a", "hospital-b")]
 OPTIONS: Final[dict[str, dict[str, Any]]] = {  # small subspaces, so that an input costs little
@@ -103,7 +110,7 @@ def answer(task: Task, seed: int) -> Update:
         return replace(update, payload=Payload(scalars=_scalars(task, seed)))
     payload = corpus.model_payload(SPEC, task.rank, seed=seed)
     factors = {name: replace(f, alpha=task.alpha, rslora=task.rslora) for name, f in payload.factors.items()}
-    payload = replace(payload, factors=factors)
+    payload = slice_payload(replace(payload, factors=factors), SPEC, task.start.keep)
     return replace(update, payload=payload if task.train_a else drop_a(payload))
 
 
@@ -136,6 +143,10 @@ def cases() -> tuple[Case, ...]:
         if name == "fedloom":
             good, other = (answer(task, 0) for task in evaluation)
             made.append(Case(strategy=strategy, state=state, task=evaluation[0], good=good, other=other))
+    pruning = [case for case in made if type(case.strategy).__name__ in ("Fedloom", "Flora") and case.good.payload]
+    for case in pruning:
+        task = slice_task(case.task, SPEC, KEEP)
+        made.append(replace(case, task=task, good=answer(task, 0)))
     return tuple(made)
 
 

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from fedloom.protocols.messages import (
+    Axis,
     Coefficients,
     Hello,
     LowRank,
+    MatrixSpec,
+    ModelSpec,
     Over,
     Patch,
     Payload,
@@ -33,6 +36,10 @@ def filled(hint: Any, path: str, count: Iterator[int]) -> Any:
     """A value of a type that no other field has: built from the type alone, so that a new field needs nothing here."""
     if path.endswith(".wire"):
         return "bf16"
+    if path.endswith(".keep"):
+        return {name: np.arange(size) % size > 0 for name, size in (("z heads", 3), ("a channels", next(count)))}
+    if hint is ModelSpec:
+        return spec(count)
     if path.endswith(".mask"):
         return f"{next(count):064x}"
     if hint is Subspace:  # each of the two has what the other's scope forbids
@@ -83,10 +90,24 @@ def filled(hint: Any, path: str, count: Iterator[int]) -> Any:
     return makers[hint](next(count))
 
 
+def spec(count: Iterator[int]) -> ModelSpec:
+    """A spec whose axes lie within its sizes and along its groups."""
+    groups = {"z heads": next(count), "a channels": next(count)}
+    rows, columns = Axis(group="a channels", width=2, offsets=(1, 200)), Axis(group="z heads", width=3, offsets=(7,))
+    d_out, d_in = 300 + next(count), 300 + next(count)
+    return ModelSpec(
+        base_hash=f"hash {next(count)}",
+        matrices={"q": MatrixSpec(d_out=d_out, d_in=d_in, kind="conv1d", rows=rows, columns=columns)},
+        dense={"z": (next(count), 2), "a": (next(count),)},
+        mask=f"{next(count):064x}",
+        groups=groups,
+    )
+
+
 def plain(value: Any) -> Any:
     """A message as nested lists, so that == compares it whole, the order of mappings included."""
     if isinstance(value, np.ndarray):
-        exact = value if value.dtype == np.int64 else value.astype(np.float32)
+        exact = value if value.dtype in (np.int64, np.bool_) else value.astype(np.float32)
         return ["array", value.shape, str(exact.dtype), exact.tolist()]
     if dataclasses.is_dataclass(value):
         return [[field.name, plain(getattr(value, field.name))] for field in dataclasses.fields(value)]

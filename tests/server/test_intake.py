@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedloom.protocols.messages import (
+    Axis,
     Kind,
     LowRank,
     MatrixSpec,
@@ -85,6 +86,82 @@ def test_a_bad_update_is_refused(bad: Update, why: str) -> None:
 def test_tensors_nobody_asked_for_are_refused() -> None:
     with pytest.raises(ValueError, match="asks for no tensors"):
         check_update(GOOD, replace(TASK, send=False), SPEC)
+
+
+PRUNABLE = replace(
+    SPEC,
+    matrices={
+        "m": MatrixSpec(d_out=4, d_in=3, rows=Axis(group="heads", width=2)),
+        "n": MatrixSpec(d_out=2, d_in=3, columns=Axis(group="channels", width=1)),
+    },
+    groups={"heads": 2, "channels": 3},
+)
+FREE = {"heads": np.ones(2, bool), "channels": np.ones(3, bool)}
+PRUNING = replace(TASK, start=Payload(keep=FREE))
+NARROW = {"heads": np.array([False, True])}
+
+
+def kept(m: LowRank, n: LowRank, **keep: Any) -> Update:
+    bits = {group: np.array(value, bool) for group, value in keep.items()}
+    return replace(GOOD, payload=replace(GOOD.payload, factors={"m": m, "n": n}, keep=bits))
+
+
+def test_a_pruned_answer_passes_where_its_task_lets_it_prune() -> None:
+    whole, half, third = factor(4, 3), factor(2, 3), factor(2, 1)
+    check_update(GOOD, PRUNING, PRUNABLE)
+    check_update(kept(half, third, heads=[1, 0], channels=[0, 0, 1]), PRUNING, PRUNABLE)
+    check_update(kept(whole, factor(2, 3), heads=[1, 1]), PRUNING, PRUNABLE)
+    narrowed = replace(TASK, start=Payload(keep=NARROW))
+    check_update(kept(half, factor(2, 3), heads=[0, 1]), narrowed, PRUNABLE)
+
+
+@pytest.mark.parametrize(
+    ("task", "bad", "why"),
+    [
+        (TASK, kept(factor(2, 3), factor(2, 3), heads=[1, 0]), r"of the whole model, got one pruned in \['heads'\]"),
+        (replace(TASK, start=Payload(keep=NARROW)), GOOD, "no unit of 'heads' that was dropped, got unit 0"),
+        (
+            replace(TASK, start=Payload(keep=NARROW)),
+            kept(factor(2, 3), factor(2, 3), heads=[1, 0]),
+            "no unit of 'heads' that was dropped, got unit 0",
+        ),
+        (
+            replace(TASK, start=Payload(keep=NARROW)),
+            kept(factor(2, 3), factor(2, 1), heads=[0, 1], channels=[1, 0, 0]),
+            "must keep 'channels' whole, got a keep-bitmap of it",
+        ),
+        (PRUNING, kept(factor(4, 3), factor(2, 3), heads=[1, 0]), r"must have b \[2, r\] and a \[r, 3\] for m"),
+        (PRUNING, kept(factor(2, 3), factor(2, 3), heads=[1, 1]), r"must have b \[4, r\] and a \[r, 3\] for m"),
+        (PRUNING, kept(factor(4, 3), factor(2, 1), channels=[1, 1, 0]), r"must have b \[2, r\] and a \[r, 2\] for n"),
+        (PRUNING, kept(factor(4, 3), factor(2, 3), heads=[1, 1, 1]), "must have 2 units, got 3"),
+        (PRUNING, kept(factor(4, 3), factor(2, 3), heads=[0, 0]), "must keep at least one unit, got none"),
+        (PRUNING, kept(factor(4, 3), factor(2, 3), legs=[1]), "must name groups of the model, got 'legs'"),
+        (
+            replace(PRUNING, send=False),
+            replace(GOOD, payload=Payload(keep=NARROW)),
+            "this task asks for no tensors, got some",
+        ),
+    ],
+)
+def test_a_badly_pruned_answer_is_refused(task: Task, bad: Update, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        check_update(bad, task, PRUNABLE)
+
+
+def test_a_task_may_name_modules_and_their_ranks() -> None:
+    task = replace(TASK, ranks={"m": 1})
+    good = replace(GOOD, payload=replace(GOOD.payload, factors={"m": factor(4, 3, rank=1, alpha=2.0)}))
+    check_update(good, task, SPEC)
+    for bad, why in (
+        (GOOD, r"the modules of its task's ranks, got a difference in \['n'\]"),
+        (with_factors(m=factor(4, 3, rank=1, alpha=2.0)), r"difference in \['n'\]"),
+        (replace(good, payload=replace(good.payload, factors={"n": factor(2, 3)})), r"difference in \['m', 'n'\]"),
+        (replace(good, payload=replace(good.payload, factors={"m": factor(4, 3)})), "task's rank 1 and alpha 2, got"),
+        (replace(good, payload=replace(good.payload, factors={"x": factor(4, 3)})), "each adapted module once"),
+        (replace(good, payload=replace(good.payload, factors={})), "must carry an adapted module, got none"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            check_update(bad, task, SPEC)
 
 
 SKETCH_TASK = replace(TASK, subspace=Subspace(family="sketch", k=8, seed=1), scalar_limit=2.0, seed=99)
