@@ -42,6 +42,7 @@ class ExportFormat(StrEnum):
 
     PEFT = "peft"
     MERGED = "merged"
+    PRUNED = "pruned"
 
 
 def _console() -> Console:
@@ -158,18 +159,32 @@ def mask(
 @app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    format: Annotated[ExportFormat, typer.Option(help="A PEFT adapter, or the whole model with it merged.")] = (
-        ExportFormat.PEFT
-    ),
-    to: Annotated[Path | None, typer.Option(help="Folder to write. [default: RUN_DIR/adapter or /merged]")] = None,
+    format: Annotated[
+        ExportFormat, typer.Option(help="A PEFT adapter, the whole model with it merged, or that model cut down.")
+    ] = ExportFormat.PEFT,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write. [default: RUN_DIR/adapter, /merged or /pruned]")
+    ] = None,
     member: Annotated[str, typer.Option(help="Which line of a comparison. [default: the recipe's strategy]")] = "",
+    keep: Annotated[
+        Path | None, typer.Option(help="For pruned: JSON with each group's kept units, or such a model's manifest.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="For pruned: the share of heads and channels to remove, without training.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what the folder holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's global model in a form that `peft` or `transformers` loads."""
-    from fedloom.cli.finish import export_run
+    """Write a run's global model in a form that `peft` or `transformers` loads.
 
-    folder = export_run(run_dir, merged=format == ExportFormat.MERGED, to=to, label=member, force=force)
+    A pruned model has layers of unequal widths: `fedloom.client.pruning.saved.load_pruned(FOLDER)` loads it.
+    """
+    from fedloom.cli.finish import Pruning, export_run
+
+    if format != ExportFormat.PRUNED and (keep is not None or ratio is not None):
+        raise ValueError(f"--keep and --ratio go with --format pruned, got format {format.value}")
+    pruning = Pruning(keep=keep, ratio=ratio)
+    folder = export_run(run_dir, form=format.value, to=to, label=member, force=force, pruning=pruning)
     print(json.dumps({"format": format.value, "folder": str(folder)}) if as_json else folder)
 
 

@@ -1,4 +1,4 @@
-"""The global model for others: a PEFT adapter folder, or the merged model.
+"""The global model for others: a PEFT adapter folder, the merged model, or the merged model cut down.
 
 Low-rank terms keep their factors (the scale folded into B, so alpha equals the rank); a dense term of a matrix becomes
 the factors of its SVD at full numerical rank, since PEFT has no other form for it. A classifier's head goes in whole.
@@ -20,7 +20,11 @@ from torch import Tensor
 from fedloom.client.lora import head_modules
 from fedloom.client.model import Resident
 from fedloom.client.place import Place
+from fedloom.client.pruning.narrowing import Biases, apply_keep
+from fedloom.client.pruning.saved import save_pruned
+from fedloom.client.pruning.structure import whole
 from fedloom.protocols.messages import LowRank, MatrixSpec, Payload, Scope, unscaled
+from fedloom.strategies.masked import Keep, slice_payload
 
 _PREFIX = "base_model.model"
 
@@ -65,16 +69,53 @@ def export_merged(payload: Payload, resident: Resident, folder: Path) -> None:
         ValueError: for a payload of another model.
     """
     with _at(_without_scope(payload, resident), resident):
-        state = {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in resident.model.state_dict().items()
-            if ".lora_" not in name
-        }
-        dtype = getattr(torch, resident.config.dtype)
-        heads = resident.base.heads.keys()
-        state |= {name: state[name].to(dtype) for name in heads}
-        resident.model.save_pretrained(folder, state_dict=state)
+        resident.model.save_pretrained(folder, state_dict=_state(resident))
         resident.tokenizer.save_pretrained(folder)
+
+
+def export_pruned(payload: Payload, resident: Resident, folder: Path, keep: Keep, biases: Biases | None = None) -> None:
+    """Write the model with the payload merged in and its units outside `keep` removed, as `load_pruned` loads it.
+
+    The resident is left whole, at its public base, with the adapters that it had.
+
+    Args:
+        payload: of the whole model, or the slice of it that `keep` leaves.
+        biases: added to output and down projections, by module (fluctuation.recovery).
+
+    Raises:
+        ValueError: for a payload of another model or keep, or a resident that cannot be pruned.
+    """
+    if resident.prunable is None:
+        raise ValueError("a model must be loaded with prunable=True to be exported pruned, this one was not")
+    payload = _without_scope(payload, resident)
+    if payload.coefficients is not None:
+        raise ValueError("a model tuned in a subspace must be exported whole (format merged), got format pruned")
+    if payload.keep:
+        wanted, got = (whole(bits, resident.spec.groups) for bits in (keep, payload.keep))
+        if any(not np.array_equal(wanted[name], got[name]) for name in wanted):
+            raise ValueError("a slice of a payload must have the keep that is exported, got another")
+    else:
+        payload = slice_payload(payload, resident.spec, keep)
+    adapters = resident.adapters.get_factors()
+    try:
+        apply_keep(resident, keep, biases)
+        resident.base.apply(("export", object()), payload)
+        save_pruned(resident.prunable, _state(resident), resident.tokenizer, folder)
+    finally:
+        resident.base.restore()
+        apply_keep(resident, {})
+        resident.adapters.set_factors(adapters)
+
+
+def _state(resident: Resident) -> dict[str, Tensor]:
+    """The model's tensors by the names that they have without adapters, the head in the dtype of the model."""
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in resident.model.state_dict().items()
+        if ".lora_" not in name
+    }
+    dtype = getattr(torch, resident.config.dtype)
+    return state | {name: state[name].to(dtype) for name in resident.base.heads}
 
 
 @contextmanager

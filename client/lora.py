@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedloom.client.bits import quantised
 from fedloom.client.fused import adapted_linear
 from fedloom.protocols.messages import LowRank, MatrixSpec
 
@@ -102,7 +103,8 @@ class Adapters:
 
     def __init__(self, model: nn.Module, matrices: Mapping[str, MatrixSpec]) -> None:
         """Wrap the modules that `matrices` names, in place, at B = 0. The model keeps its class and its names."""
-        self.matrices = dict(matrices)
+        self.matrices = dict(matrices)  # the sizes as they are, which pruning changes
+        self.whole = dict(matrices)
         model.requires_grad_(False)
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")  # peft says that it sets fan_in_fan_out for Conv1D by itself
@@ -133,7 +135,7 @@ class Adapters:
                     f"factors of {name} must make a [{size.d_out}, {size.d_in}] matrix, "
                     f"got [{factor.b.shape[0]}, {factor.a.shape[1]}]"
                 )
-            check_rank(factor.rank, {name: size})
+            check_rank(factor.rank, {name: self.whole[name]})
         for name, factor in factors.items():
             _set_layer(self.layers[name], factor, train_a)
 
@@ -194,6 +196,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     weight = base.weight
     if args or kwargs or weight.dtype != torch.float32 or x.dtype != torch.float32 or isinstance(dropout, nn.Dropout):
         return LoraLinear.forward(layer, x, *args, **kwargs)
-    logical = weight.t() if layer.fan_in_fan_out else weight
+    codes = quantised(base)
+    logical = codes if codes else weight.t() if layer.fan_in_fan_out else weight
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return adapted_linear(x, logical, base.bias, a, b, layer.scaling[ADAPTER])

@@ -15,9 +15,13 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedloom.client.lora import Adapters, find_targets, head_modules
+from fedloom.client.bits import Bits
+from fedloom.client.lora import Adapters, candidates, find_targets, head_modules
 from fedloom.client.mask import read_mask
 from fedloom.client.patching import PatchedBase
+from fedloom.client.pruning.describe import describe
+from fedloom.client.pruning.narrowing import Prunable
+from fedloom.client.pruning.structure import with_structure
 from fedloom.client.rebuilt import Rebuilt
 from fedloom.protocols.config import Lora, Model
 from fedloom.protocols.messages import ModelSpec
@@ -34,9 +38,11 @@ class Resident:
     base: PatchedBase
     spec: ModelSpec
     device: torch.device
+    bits: Bits  # how many the linear layers are held in; `hold` changes it
     forward_options: frozenset[str]  # the optional arguments that this model's forward takes
     rebuilt: Rebuilt = field(default_factory=Rebuilt)
     mask: Mapping[str, torch.Tensor] = field(default_factory=dict)  # the places of a sparse mask, by parameter
+    prunable: Prunable | None = None  # set: heads and channels can be removed (pruning/narrowing.py)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -50,16 +56,17 @@ def label_names(config: Model) -> tuple[str, ...]:
     return tuple(str(i) for i in range(config.labels)) if isinstance(config.labels, int) else config.labels
 
 
-def load_model(config: Model, lora: Lora, *, seed: int) -> Resident:
+def load_model(config: Model, lora: Lora, *, seed: int, prunable: bool = False) -> Resident:
     """Load a base model and put adapters on it.
 
     Args:
         config: its `path` must be a folder or a Hugging Face id here (`embedded` is resolved by whoever asks).
         seed: initialises what the checkpoint lacks (a new classification head), the same on every device.
+        prunable: find out what of the model can be pruned, and say so in its spec.
 
     Raises:
         ValueError: for a folder without a model, an id that cannot be reached, adapter targets that do not exist, or a
-            mask that cannot be read.
+            mask that cannot be read; for a model that cannot be described, when it is to be pruned.
     """
     device = _device(config.device)
     with _quiet(), torch.random.fork_rng():
@@ -70,22 +77,29 @@ def load_model(config: Model, lora: Lora, *, seed: int) -> Resident:
     model.to(device)
     targets = find_targets(model, lora.targets, config.task)
     heads = _free_heads(model, config)
+    layers = {name: model.get_submodule(name) for name in candidates(model, head_modules(model, config.task))}
+    bits = Bits({name: layers[name] for name in sorted(layers)})
     adapters = Adapters(model, targets)
     for parameter in heads.values():
         parameter.requires_grad_(True)
-    base = PatchedBase({name: layer.base_layer.weight for name, layer in adapters.layers.items()}, targets, heads)
+    weights = {name: layer.base_layer.weight for name, layer in adapters.layers.items()}
+    base = PatchedBase(weights, targets, heads, bits)
     shapes = {name: tuple(parameter.shape) for name, parameter in heads.items()}
     mask, mask_hash = read_mask(Path(config.mask).expanduser()) if config.mask else ({}, "")
+    spec = ModelSpec(base_hash=base_hash, matrices=targets, dense=shapes, mask=mask_hash)
+    cuttable = Prunable(model=model, structure=describe(model)) if prunable else None
     return Resident(
         config=config,
         model=model,
         tokenizer=tokenizer,
         adapters=adapters,
         base=base,
-        spec=ModelSpec(base_hash=base_hash, matrices=targets, dense=shapes, mask=mask_hash),
+        spec=with_structure(spec, cuttable.structure) if cuttable else spec,
         device=device,
+        bits=bits,
         forward_options=frozenset(inspect.signature(model.forward).parameters),
         mask=mask,
+        prunable=cuttable,
     )
 
 

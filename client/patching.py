@@ -2,7 +2,7 @@
 
 W0 is kept aside (on the CPU, for what patches touch) and every version is made from it, never from another version: so
 a device that missed rounds, or shares its process with devices at other versions, ends at the same weights. Sums are
-taken in float32 and rounded once to the dtype that the model is held in.
+taken in float32 and rounded once to the dtype that the model is held in, or to its codes (bits.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Collection, Hashable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fedloom.client.bits import Bits
 from fedloom.protocols.messages import Array, MatrixSpec, Payload
 
 BASE: Hashable = ("base",)  # the key of the model without any patch
@@ -21,9 +22,14 @@ class PatchedBase:
     """The weights that patches change: those under adapters, and the parameters of the head."""
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], matrices: Mapping[str, MatrixSpec], heads: Mapping[str, nn.Parameter]
+        self,
+        weights: Mapping[str, nn.Parameter],
+        matrices: Mapping[str, MatrixSpec],
+        heads: Mapping[str, nn.Parameter],
+        bits: Bits | None = None,
     ) -> None:
-        """`weights` by module name, as their layers store them; `heads` by parameter name."""
+        """`weights` by module name, as their layers store them; `heads` by parameter name; `bits` holds `weights`."""
+        self._bits = bits
         self._weights, self._matrices, self.heads = dict(weights), dict(matrices), dict(heads)
         self._pristine = {name: _aside(head) for name, head in heads.items()}
         self._touched: set[str] = set()
@@ -58,12 +64,24 @@ class PatchedBase:
         """Go back to W0, bit for bit."""
         self.apply(BASE, Payload())
 
+    def resize(self, matrices: Mapping[str, MatrixSpec]) -> None:
+        """Take note that the weights were made anew, of these sizes: they are W0 now. To be called at the base.
+
+        Raises:
+            ValueError: when a patch is on.
+        """
+        if self._applied != BASE:
+            raise ValueError("weights must be at their base to change their size, a patch is on")
+        self._matrices = dict(matrices)
+        self._pristine = {name: tensor for name, tensor in self._pristine.items() if name in self.heads}
+
     def pristine(self, name: str) -> Tensor:
         """W0 of a head parameter, float32 on the CPU."""
         return self._pristine[name].float()
 
     def _write(self, name: str, parameter: nn.Parameter, dense: list[Array], payload: Payload | None) -> None:
-        if name not in self._pristine:
+        codes = self._bits if self._bits and not self._bits.dense and name in self._weights else None
+        if codes is None and name not in self._pristine:
             self._pristine[name] = _aside(parameter)
         device = parameter.device
         deltas = [torch.tensor(array, dtype=torch.float32, device=device) for array in dense]
@@ -71,14 +89,16 @@ class PatchedBase:
             factor = payload.factors[name]
             b, a = (torch.tensor(array, dtype=torch.float32, device=device) for array in (factor.b, factor.a))
             deltas.insert(0, (b @ a).mul_(factor.scale))
-        base = self._pristine[name].to(device)
-        if not deltas:
-            parameter.copy_(base)
-            return
-        delta = sum(deltas[1:], deltas[0])
-        if name in self._matrices and self._matrices[name].kind == "conv1d":
-            delta = delta.t()
-        parameter.copy_(base.float() + delta)
+        value = codes.pristine(name) if codes else self._pristine[name].to(device)
+        if deltas:
+            delta = sum(deltas[1:], deltas[0])
+            if name in self._matrices and self._matrices[name].kind == "conv1d":
+                delta = delta.t()
+            value = value.float() + delta
+        if codes:
+            codes.write(name, value)
+        else:
+            parameter.copy_(value)
 
     def _check(self, payload: Payload, extra: Mapping[str, Array]) -> None:
         for name, factor in payload.factors.items():
