@@ -5,23 +5,34 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import torch
 
 from fedloom.client import tuners
+from fedloom.client.adjusting import adjusts, asked_bits, given_up, keeps_own, listening, repeated
+from fedloom.client.bits import hold
+from fedloom.client.cost import attempt
+from fedloom.client.cost import held as tensors_held
 from fedloom.client.data import Dataset, Example
 from fedloom.client.evaluation import evaluate, nothing
 from fedloom.client.lora import check_rank
 from fedloom.client.memory import peak_rss, reset_peak
 from fedloom.client.model import Resident
+from fedloom.client.module_scores import ModuleScores
 from fedloom.client.place import Place
+from fedloom.client.pruning.narrowing import apply_keep
+from fedloom.client.pruning.rounds import measure, probe, remembered, settle
 from fedloom.client.starting import starting_payload, starts_at_zero
 from fedloom.client.store import DeviceStore, Held
 from fedloom.client.training import forward_logits
 from fedloom.protocols import config
-from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, Payload, Start, Subspace, Task, Update
+from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, Payload, Subspace, Task, Update
 from fedloom.strategies.ffa import drop_a
+from fedloom.strategies.masked import slice_payload
+from fedloom.strategies.unequal import DROP, MEASURE
 
 
 class Device:
@@ -40,17 +51,23 @@ class Device:
         eval_config: config.Evaluation,
         capability: str = "backprop",
         limit: int = 512 * 2**20,
+        memory: int = 0,
+        metered: bool = False,
     ) -> None:
         """
         Args:
             rank: the largest adapter rank that this device trains.
             capability: `backprop`, or `forward` for a device that runs forward passes alone.
             limit: bytes; a larger message is refused before it is read.
+            memory: bytes lent to the model and its training, as the server is told; 0 says nothing.
+            metered: count the bytes of tensors, and give a task up where they pass `memory` (a pretend device's way to
+                run out); else only what the machine refuses is out of memory.
         """
         self.name, self.limit = name, limit
         self._resident, self._store, self._rank, self._capability = resident, store, rank, capability
         self._examples = {Kind.TRAIN: train, Kind.EVALUATE: test}
         self._data, self._evaluation = data_config, eval_config
+        self._memory, self._metered = memory, metered
         self._datasets: dict[Kind, Dataset] = {}
 
     def hello(self) -> Hello:
@@ -63,6 +80,7 @@ class Device:
             state_round=self._store.newest_state(),
             capabilities=(self._capability,),
             software=f"fedloom {version('fedloom')}, torch {torch.__version__}, {platform.machine()}",
+            memory=self._memory,
         )
         return Hello(report=report, spec=self._resident.spec)
 
@@ -96,11 +114,20 @@ class Device:
             raise ValueError("a task on coefficients must name their subspace, got none")
         if task.subspace is not None and (held.payload.factors or held.payload.dense):
             raise ValueError("a task in a subspace must stand on coefficients alone, got factors or dense tensors")
-        own = self._store.load_state(task.state_round, task.run) if task.start_from is Start.OWN else None
-        if task.kind is Kind.EVALUATE:
-            metrics, payload = self._evaluate(task, held, own), Payload()
-        else:
-            metrics, payload = self._train(task, held, own)
+        own = self._store.load_state(task.state_round, task.run) if keeps_own(task) else None
+        if self._resident.prunable is not None and not task.start.keep:
+            apply_keep(self._resident, {})
+        hold(self._resident, asked_bits(task))
+        work = partial(self._answer, task, held, own)
+        result, trial = attempt(
+            work,
+            limit=self._memory if self._metered else 0,
+            metered=self._metered,
+            watch=tensors_held(self._resident) if self._metered else (),
+        )
+        if trial.oom and not adjusts(task):
+            raise ValueError(f"{self.name} ran out of memory, and the task leaves nothing to make smaller")
+        metrics, payload = result or (given_up(task), Payload())
         return Update(
             device=self.name,
             round=task.round,
@@ -109,9 +136,19 @@ class Device:
             run=task.run,
             nonce=task.nonce,
             metrics=metrics,
-            cost=Cost(seconds=time.perf_counter() - began, peak_rss_bytes=peak_rss()),
+            cost=Cost(
+                seconds=time.perf_counter() - began,
+                peak_rss_bytes=peak_rss(),
+                out_of_memory=trial.oom,
+                peak_tensor_bytes=trial.peak_bytes,
+            ),
             payload=payload,
         )
+
+    def _answer(self, task: Task, held: Held, own: Payload | None) -> tuple[Mapping[str, float], Payload]:
+        if task.kind is Kind.EVALUATE:
+            return self._evaluate(task, held, own), Payload()
+        return self._train_pruned(task, held, own) if task.start.keep else self._train(task, held, own)
 
     def _check(self, task: Task) -> None:
         if task.device != self.name:
@@ -140,9 +177,10 @@ class Device:
         resident.rebuilt.restore()
         start = starting_payload(task, resident.spec, held.warm, own)
         resident.base.apply(held.key, held.payload, start.dense)
-        resident.adapters.set_factors(start.factors, train_a=task.train_a)
-        before = self._heads()
-        metrics = tuner(resident, dataset, task)
+        resident.adapters.set_factors(start.factors, train_a=task.train_a, partial=bool(task.ranks))
+        before, scores = self._heads(), ModuleScores()
+        with listening(resident, scores.observe if MEASURE in task.knobs else None):
+            metrics = {**tuner(resident, dataset, task), **scores.metrics(), **repeated(task)}
         factors = resident.adapters.get_factors()
         moved = {name: value - before[name] for name, value in self._heads().items()}
         if task.send:
@@ -151,6 +189,21 @@ class Device:
         total = {name: value + start.dense[name] if name in start.dense else value for name, value in moved.items()}
         self._store.save_state(task.round, task.run, Payload(factors=factors, dense=total))
         return metrics, Payload()
+
+    def _train_pruned(self, task: Task, held: Held, own: Payload | None) -> tuple[Mapping[str, float], Payload]:
+        """Prune as far as the task says, tune what is left, and remember which units mattered."""
+        resident, dataset = self._resident, self._dataset(Kind.TRAIN)
+        keep, memory = settle(resident, task, held, remembered(own), lambda: dataset)
+        start = starting_payload(replace(task, start=Payload()), resident.spec, held.warm, None)
+        resident.adapters.set_factors(slice_payload(start, resident.spec, keep).factors, train_a=task.train_a)
+        before, importance, loss = self._heads(), measure(resident, memory), probe(resident, dataset)
+        with listening(resident, importance.observe):
+            metrics = {**tuners.get(task.tuner)(resident, dataset, task), **repeated(task)}
+        moved = {name: value - before[name] for name, value in self._heads().items()}
+        metrics = {**metrics, DROP: loss - probe(resident, dataset)}
+        memory = replace(memory, scores=importance.scores)
+        self._store.save_state(task.round, task.run, memory.payload())
+        return metrics, Payload(factors=resident.adapters.get_factors(), dense=moved, keep=keep)
 
     def _evaluate(self, task: Task, held: Held, own: Payload | None) -> Mapping[str, float]:
         if not self._examples[Kind.EVALUATE]:
@@ -161,6 +214,10 @@ class Device:
         if task.subspace is not None:
             with self._place(task.subspace, held) as place:
                 return self._evaluate_at(place, dataset, settings)
+        if task.start.keep:
+            settle(resident, task, held, remembered(own), lambda: self._dataset(Kind.TRAIN))
+            with resident.adapters.disabled():
+                return evaluate(resident, dataset, settings)
         resident.rebuilt.restore()
         if starts_at_zero(task, own):
             resident.base.apply(held.key, held.payload, task.start.dense)

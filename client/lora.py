@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,8 @@ class Adapters:
         """Wrap the modules that `matrices` names, in place, at B = 0. The model keeps its class and its names."""
         self.matrices = dict(matrices)  # the sizes as they are, which pruning changes
         self.whole = dict(matrices)
+        self._bare: set[str] = set()  # modules that have no adapter now
+        self.on_gradients: Callable[[Adapters], None] | None = None  # told between backward and the optimiser's step
         model.requires_grad_(False)
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")  # peft says that it sets fan_in_fan_out for Conv1D by itself
@@ -117,13 +119,19 @@ class Adapters:
             layer.forward = types.MethodType(_forward, layer)
         self.set_factors({name: _zero(size) for name, size in self.matrices.items()})
 
-    def set_factors(self, factors: Mapping[str, LowRank], *, train_a: bool = True) -> None:
+    def set_factors(self, factors: Mapping[str, LowRank], *, train_a: bool = True, partial: bool = False) -> None:
         """Put these factors in place of the adapters, of whatever rank and scale they are.
+
+        With `partial`, modules that get none have no adapter until the next call.
 
         Raises:
             ValueError: unless there is one for every adapted module and each fits its module.
         """
-        if factors.keys() != self.matrices.keys():
+        if partial and factors and factors.keys() <= self.matrices.keys():
+            bare = {name: _zero(self.matrices[name]) for name in self.matrices if name not in factors}
+        else:
+            bare = {}
+        if factors.keys() | bare.keys() != self.matrices.keys():
             odd = sorted(factors.keys() ^ self.matrices.keys())
             raise ValueError(
                 f"factors must be given for each of {len(self.matrices)} modules, got a mismatch at {odd[0]!r}"
@@ -136,17 +144,27 @@ class Adapters:
                     f"got [{factor.b.shape[0]}, {factor.a.shape[1]}]"
                 )
             check_rank(factor.rank, {name: self.whole[name]})
-        for name, factor in factors.items():
+        for name, factor in {**factors, **bare}.items():
             _set_layer(self.layers[name], factor, train_a)
+        self._bare = set(bare)
+        for name, layer in self.layers.items():
+            layer._disable_adapters = name in self._bare
+            for part in (layer.lora_A, layer.lora_B):
+                part[ADAPTER].weight.requires_grad_(name not in self._bare and part[ADAPTER].weight.requires_grad)
 
     def get_factors(self) -> dict[str, LowRank]:
         """The adapters as they stand: float32 copies, with alpha and rank explicit."""
         found = {}
-        for name, layer in self.layers.items():
+        for name, layer in self.active.items():
             a, b = (part[ADAPTER].weight.detach().cpu().float().numpy().copy() for part in (layer.lora_A, layer.lora_B))
             alpha = float(layer.lora_alpha[ADAPTER])
             found[name] = LowRank(b=b, a=a, alpha=alpha, rslora=bool(layer.use_rslora[ADAPTER]))
         return found
+
+    @property
+    def active(self) -> dict[str, Any]:
+        """The layers that have an adapter now, by module name."""
+        return {name: layer for name, layer in self.layers.items() if name not in self._bare}
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable factors, A before B, by module name."""
@@ -166,8 +184,8 @@ class Adapters:
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer._disable_adapters = False
+            for name, layer in self.layers.items():
+                layer._disable_adapters = name in self._bare
 
 
 def _zero(size: MatrixSpec) -> LowRank:

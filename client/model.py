@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedloom.client.bits import Bits
+from fedloom.client.cost import shapes_of
 from fedloom.client.lora import Adapters, candidates, find_targets, head_modules
 from fedloom.client.mask import read_mask
 from fedloom.client.patching import PatchedBase
@@ -87,8 +88,8 @@ def load_model(config: Model, lora: Lora, *, seed: int, prunable: bool = False) 
     shapes = {name: tuple(parameter.shape) for name, parameter in heads.items()}
     mask, mask_hash = read_mask(Path(config.mask).expanduser()) if config.mask else ({}, "")
     spec = ModelSpec(base_hash=base_hash, matrices=targets, dense=shapes, mask=mask_hash)
-    cuttable = Prunable(model=model, structure=describe(model)) if prunable else None
-    return Resident(
+    cuttable = Prunable(model=model, structure=describe(model)) if prunable or config.describe == "units" else None
+    resident = Resident(
         config=config,
         model=model,
         tokenizer=tokenizer,
@@ -101,6 +102,9 @@ def load_model(config: Model, lora: Lora, *, seed: int, prunable: bool = False) 
         mask=mask,
         prunable=cuttable,
     )
+    if config.describe == "nothing":
+        return resident
+    return replace(resident, spec=replace(resident.spec, shapes=shapes_of(resident)))
 
 
 def hash_state(model: nn.Module) -> str:

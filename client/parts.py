@@ -73,6 +73,11 @@ def parts_of(resident: Resident, scope: Scope) -> list[Part]:
         layers = resident.adapters.layers.items()
         factors = {f"{name}.lora_{which}": _factor(layer, which) for name, layer in layers for which in "AB"}
         return [Part(name=name, parameter=parameter) for name, parameter in {**factors, **resident.base.heads}.items()]
+    if not resident.bits.dense:
+        raise ValueError(
+            f"a base must be held in 16 bits for its weights to be tuned, got {resident.bits.bits}; "
+            "scope 'lora' tunes adapters on a quantised one"
+        )
     known = parameter_names(resident.model)
     for name, parameter in known.items():
         if not parameter.is_contiguous():

@@ -29,11 +29,14 @@ def starting_payload(task: Task, spec: ModelSpec, warm: Mapping[str, Array], own
     seed = task.seed if task.shared_a_seed is None else task.shared_a_seed
     factors = {}
     for name, size in spec.matrices.items():
-        a = initial_a(seed, name, task.rank, size.d_in)
+        if task.ranks and name not in task.ranks:
+            continue
+        rank = task.rank_of(name)
+        a = initial_a(seed, name, rank, size.d_in)
         if name in rows:
             a = _warm_start(a, rows[name])
-        zero = np.zeros((size.d_out, task.rank), dtype=np.float32)
-        factors[name] = LowRank(b=zero, a=a, alpha=task.alpha, rslora=task.rslora)
+        zero = np.zeros((size.d_out, rank), dtype=np.float32)
+        factors[name] = LowRank(b=zero, a=a, alpha=task.alpha_of(name), rslora=task.rslora)
     return Payload(factors=factors, dense=task.start.dense)
 
 

@@ -118,6 +118,8 @@ def _steps(resident: Resident, stream: Iterable[Batch], flat: FlatParameters, kn
         total["tokens"] += tokens
         if not math.isfinite(total["loss_sum"]):
             raise ValueError(f"training diverged: the loss of step {step + 1} is not finite, with lr {knobs.lr}")
+        if resident.adapters.on_gradients is not None:
+            resident.adapters.on_gradients(resident.adapters)
         clip_gradient(flat.grad, knobs.clip)
         optimizer.step()
         flat.grad.zero_()

@@ -32,6 +32,9 @@ class Model(Section):
     """Torch device; `auto` takes CUDA where there is one."""
     mask: str = ""
     """A file of the weights that strategies with scope `mask` tune; `fedloom mask` makes it."""
+    describe: Literal["nothing", "shapes", "units"] = "nothing"
+    """What a device tells the server of its model beside the adapted matrices: `shapes`, by which memory and time are
+    predicted (fedpipe needs them), or also the `units` (heads and channels) that can be removed (fedspine)."""
 
 
 class Data(Section):
@@ -60,6 +63,13 @@ class Fleet(Section):
     """The largest adapter rank each device can train, repeated over the fleet."""
     capabilities: Annotated[tuple[Literal["backprop", "forward"], ...], Field(min_length=1)] = ("backprop",)
     """What each device can run, repeated over the fleet: `backprop`, or `forward` for forward passes alone."""
+    profiles: tuple[str, ...] = ()
+    """What kind each device is, repeated over the fleet (jetson-tx2, phone, ...): its seconds on a virtual clock."""
+    memory_mb: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Megabytes that each device lends, repeated over the fleet: a task that needs more runs out of memory. Unset: as
+    much as its profile has, or no limit."""
+    drift: float = Field(default=0.0, ge=0)
+    """How much devices' speed varies from round to round: the deviation of its logarithm."""
     partition: Literal["natural", "iid", "dirichlet", "key", "quantity"] = "natural"
     """How a file's examples are dealt out; `natural` keeps the embedded households as they are."""
     alpha: float = Field(default=0.5, gt=0)

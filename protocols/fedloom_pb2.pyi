@@ -281,12 +281,16 @@ class Task(_message.Message):
     def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., start_from: _Optional[_Union[Start, str]] = ..., kind: _Optional[_Union[Kind, str]] = ..., tuner: _Optional[str] = ..., rslora: _Optional[bool] = ..., train_a: _Optional[bool] = ..., shared_a_seed: _Optional[int] = ..., send: _Optional[bool] = ..., start: _Optional[_Union[Payload, _Mapping]] = ..., patch: _Optional[_Union[Patch, _Mapping]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., seed: _Optional[int] = ..., state_round: _Optional[int] = ..., wire: _Optional[_Union[Dtype, str]] = ..., knobs: _Optional[_Iterable[_Union[Knob, _Mapping]]] = ..., subspace: _Optional[_Union[Subspace, _Mapping]] = ..., scalar_limit: _Optional[float] = ..., run_hex: _Optional[bytes] = ..., strategy: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[ModuleRank, _Mapping]]] = ...) -> None: ...
 
 class Cost(_message.Message):
-    __slots__ = ("seconds", "peak_rss_bytes")
+    __slots__ = ("seconds", "peak_rss_bytes", "out_of_memory", "peak_tensor_bytes")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PEAK_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     seconds: float
     peak_rss_bytes: int
-    def __init__(self, seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ...) -> None: ...
+    out_of_memory: bool
+    peak_tensor_bytes: int
+    def __init__(self, seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., out_of_memory: _Optional[bool] = ..., peak_tensor_bytes: _Optional[int] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("device", "round", "examples", "kind", "run", "nonce", "metrics", "cost", "payload", "run_hex")
@@ -313,7 +317,7 @@ class Update(_message.Message):
     def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., examples: _Optional[int] = ..., kind: _Optional[_Union[Kind, str]] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., run_hex: _Optional[bytes] = ...) -> None: ...
 
 class DeviceReport(_message.Message):
-    __slots__ = ("device", "examples", "rank", "version", "state_round", "capabilities", "software")
+    __slots__ = ("device", "examples", "rank", "version", "state_round", "capabilities", "software", "memory")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +325,7 @@ class DeviceReport(_message.Message):
     STATE_ROUND_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     device: str
     examples: int
     rank: int
@@ -328,7 +333,8 @@ class DeviceReport(_message.Message):
     state_round: int
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     software: str
-    def __init__(self, device: _Optional[str] = ..., examples: _Optional[int] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., state_round: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ...) -> None: ...
+    memory: int
+    def __init__(self, device: _Optional[str] = ..., examples: _Optional[int] = ..., rank: _Optional[int] = ..., version: _Optional[int] = ..., state_round: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., software: _Optional[str] = ..., memory: _Optional[int] = ...) -> None: ...
 
 class Axis(_message.Message):
     __slots__ = ("group", "width", "offsets")
@@ -372,19 +378,67 @@ class DenseShape(_message.Message):
     shape: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class ShapeBlock(_message.Message):
+    __slots__ = ("heads", "kv_heads", "head_dim", "ffn")
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    FFN_FIELD_NUMBER: _ClassVar[int]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    def __init__(self, heads: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., ffn: _Optional[int] = ...) -> None: ...
+
+class ShapeLinear(_message.Message):
+    __slots__ = ("name", "block", "reads", "d_out", "d_in")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
+    D_OUT_FIELD_NUMBER: _ClassVar[int]
+    D_IN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    block: int
+    reads: str
+    d_out: int
+    d_in: int
+    def __init__(self, name: _Optional[str] = ..., block: _Optional[int] = ..., reads: _Optional[str] = ..., d_out: _Optional[int] = ..., d_in: _Optional[int] = ...) -> None: ...
+
+class Shapes(_message.Message):
+    __slots__ = ("family", "hidden", "blocks", "linears", "columns", "other", "head", "item")
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LINEARS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    ITEM_FIELD_NUMBER: _ClassVar[int]
+    family: str
+    hidden: int
+    blocks: _containers.RepeatedCompositeFieldContainer[ShapeBlock]
+    linears: _containers.RepeatedCompositeFieldContainer[ShapeLinear]
+    columns: int
+    other: int
+    head: int
+    item: int
+    def __init__(self, family: _Optional[str] = ..., hidden: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[ShapeBlock, _Mapping]]] = ..., linears: _Optional[_Iterable[_Union[ShapeLinear, _Mapping]]] = ..., columns: _Optional[int] = ..., other: _Optional[int] = ..., head: _Optional[int] = ..., item: _Optional[int] = ...) -> None: ...
+
 class ModelSpec(_message.Message):
-    __slots__ = ("base_hash", "matrices", "dense", "mask", "groups")
+    __slots__ = ("base_hash", "matrices", "dense", "mask", "groups", "shapes")
     BASE_HASH_FIELD_NUMBER: _ClassVar[int]
     MATRICES_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    SHAPES_FIELD_NUMBER: _ClassVar[int]
     base_hash: str
     matrices: _containers.RepeatedCompositeFieldContainer[Matrix]
     dense: _containers.RepeatedCompositeFieldContainer[DenseShape]
     mask: bytes
     groups: _containers.RepeatedCompositeFieldContainer[Group]
-    def __init__(self, base_hash: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[Matrix, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., mask: _Optional[bytes] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
+    shapes: Shapes
+    def __init__(self, base_hash: _Optional[str] = ..., matrices: _Optional[_Iterable[_Union[Matrix, _Mapping]]] = ..., dense: _Optional[_Iterable[_Union[DenseShape, _Mapping]]] = ..., mask: _Optional[bytes] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., shapes: _Optional[_Union[Shapes, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("report", "spec")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.protocols.directions import DIRECTIONS_VERSION
+from fedloom.protocols.shapes import Shapes
 
 Array = NDArray[np.floating[Any]]
 
@@ -225,6 +226,7 @@ class ModelSpec:
     dense: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     mask: str = ""  # SHA-256 of the sparse mask that the device holds, if any
     groups: Mapping[str, int] = field(default_factory=dict)  # units of each group of coupled structures
+    shapes: Shapes | None = None  # what memory and time depend on, where it is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,7 @@ class DeviceReport:
     state_round: int = 0  # the last round whose result the server accepted from it; 0 for none
     capabilities: tuple[str, ...] = ("backprop",)  # or ("forward",): forward passes alone
     software: str = ""
+    memory: int = 0  # bytes lent to the model and its training; 0: not said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +286,8 @@ class Cost:
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    out_of_memory: bool = False  # the task was given up for want of memory: no tensors come with it
+    peak_tensor_bytes: int = 0  # of live tensors, the model's among them; 0: not counted
 
 
 @dataclass(frozen=True, kw_only=True)

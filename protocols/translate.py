@@ -23,6 +23,7 @@ from fedloom.protocols.messages import (
     Task,
     Update,
 )
+from fedloom.protocols.shapes_wire import read_shapes, write_shapes
 from fedloom.protocols.subspace_wire import read_subspace, write_subspace
 from fedloom.protocols.tensors import PackedPayload, unpack_payload
 
@@ -131,7 +132,7 @@ def write_update(update: Update, pack: Pack) -> tuple[pb.Update, Data]:
         kind=KINDS[update.kind],
         nonce=update.nonce,
         metrics=[pb.Metric(name=name, value=value) for name, value in update.metrics.items()],
-        cost=pb.Cost(seconds=update.cost.seconds, peak_rss_bytes=update.cost.peak_rss_bytes),
+        cost=_cost(update.cost),
         payload=payload.header,
     )
     _put_text(record, "run", update.run)
@@ -150,10 +151,24 @@ def read_update(record: pb.Update, data: memoryview) -> tuple[Update, memoryview
         run=_text(record, "run", "update.run"),
         nonce=record.nonce,
         metrics=_table("update.metrics", record.metrics, lambda metric: metric.value),
-        cost=Cost(seconds=record.cost.seconds, peak_rss_bytes=record.cost.peak_rss_bytes),
+        cost=Cost(
+            seconds=record.cost.seconds,
+            peak_rss_bytes=record.cost.peak_rss_bytes,
+            out_of_memory=record.cost.out_of_memory,
+            peak_tensor_bytes=record.cost.peak_tensor_bytes,
+        ),
         payload=payload,
     )
     return update, data
+
+
+def _cost(cost: Cost) -> pb.Cost:
+    return pb.Cost(
+        seconds=cost.seconds,
+        peak_rss_bytes=cost.peak_rss_bytes,
+        out_of_memory=cost.out_of_memory,
+        peak_tensor_bytes=cost.peak_tensor_bytes,
+    )
 
 
 def write_hello(hello: Hello, pack: Pack) -> tuple[pb.Hello, Data]:
@@ -168,6 +183,7 @@ def write_hello(hello: Hello, pack: Pack) -> tuple[pb.Hello, Data]:
             state_round=report.state_round,
             capabilities=report.capabilities,
             software=report.software,
+            memory=report.memory,
         ),
         spec=pb.ModelSpec(
             base_hash=spec.base_hash,
@@ -185,6 +201,7 @@ def write_hello(hello: Hello, pack: Pack) -> tuple[pb.Hello, Data]:
             dense=[pb.DenseShape(name=name, shape=shape) for name, shape in spec.dense.items()],
             mask=bytes.fromhex(spec.mask),
             groups=[pb.Group(name=name, units=units) for name, units in spec.groups.items()],
+            shapes=write_shapes(spec.shapes),
         ),
     )
     return record, ()
@@ -201,6 +218,7 @@ def read_hello(record: pb.Hello, data: memoryview) -> tuple[Hello, memoryview]:
         state_round=record.report.state_round,
         capabilities=tuple(record.report.capabilities),
         software=record.report.software,
+        memory=record.report.memory,
     )
     spec = ModelSpec(
         base_hash=record.spec.base_hash,
@@ -208,6 +226,7 @@ def read_hello(record: pb.Hello, data: memoryview) -> tuple[Hello, memoryview]:
         dense=_table("spec.dense", record.spec.dense, lambda entry: tuple(entry.shape)),
         mask=record.spec.mask.hex(),
         groups=_table("spec.groups", record.spec.groups, lambda entry: entry.units),
+        shapes=read_shapes(record.spec.shapes) if record.spec.HasField("shapes") else None,
     )
     return Hello(report=report, spec=spec), data
 

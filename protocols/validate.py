@@ -299,6 +299,8 @@ def check_update(update: Update) -> None:
     if update.cost.seconds < 0:
         raise ValueError(f"update.cost.seconds must be >= 0, got {update.cost.seconds}")
     integer("update.cost.peak_rss_bytes", update.cost.peak_rss_bytes)
+    integer("update.cost.peak_tensor_bytes", update.cost.peak_tensor_bytes)
+    flag("update.cost.out_of_memory", update.cost.out_of_memory)
     check_payload("update.payload", update.payload)
 
 
@@ -344,7 +346,7 @@ def check_hello(hello: Hello) -> None:
     report = hello.report
     text("report.device", report.device)
     text("report.software", report.software)
-    for where in ("examples", "rank", "version", "state_round"):
+    for where in ("examples", "rank", "version", "state_round", "memory"):
         integer(f"report.{where}", getattr(report, where), RANK_LIMIT if where == "rank" else COUNT_LIMIT)
     names("report.capabilities", report.capabilities, len(report.capabilities))
     _spec(hello.spec)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -14,7 +15,7 @@ from fedloom.protocols.config import RunConfig
 from fedloom.server.courier import Courier
 from fedloom.server.loop import Coordinator, Outcome
 from fedloom.server.watch import Watcher
-from fedloom.strategies.base import Scaling, Strategy
+from fedloom.strategies.base import Scaling, Strategy, Workload
 from fedloom.strategies.registry import build
 
 log = logging.getLogger("fedloom.server")
@@ -40,7 +41,22 @@ def build_strategy(config: RunConfig) -> Strategy:
         ValueError: for an unknown strategy or option, naming the nearest.
     """
     scaling = Scaling(alpha=config.lora.alpha, rslora=config.lora.rslora)
-    return build(config.strategy.name, config.strategy.options, scaling)
+    return build(config.strategy.name, config.strategy.options, scaling, workload(config))
+
+
+def workload(config: RunConfig) -> Workload:
+    """What one training step of a recipe is."""
+    train = config.train
+    optimizer: Literal["adamw", "sgd", "momentum"] = "momentum" if train.momentum else train.optimizer
+    if train.optimizer == "adamw":
+        optimizer = "adamw"
+    return Workload(
+        batch=train.batch_size,
+        length=config.data.max_length,
+        steps=train.steps,
+        accumulate=train.accumulate,
+        optimizer=optimizer,
+    )
 
 
 def coordinate(grid: Grid, plan: Plan, watcher: Watcher | None = None) -> Outcome:

@@ -14,6 +14,7 @@ from fedloom.protocols.seeds import draw_indices
 from fedloom.strategies import intake as strategies_intake
 from fedloom.strategies.masked import check_within
 from fedloom.strategies.subspace import check_scalars
+from fedloom.strategies.unequal import MEASURE, RANK, RATIO, REPEATED
 
 # Far above what devices that train send, and far enough below what sums and products of float32 can hold that no
 # update stops a run: |b a| stays below 2^40 r, times 2^31 examples below 2^80.
@@ -41,13 +42,17 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
         raise ValueError(f"an update must count examples >= 0, got {update.examples}")
     if update.examples > MOST_EXAMPLES:
         raise ValueError(f"an update must count examples <= {MOST_EXAMPLES}, got {update.examples}")
-    _check_measured(update)
+    _check_measured(update, MOST_METRICS + (len(spec.matrices) if MEASURE in task.knobs else 0))
     if not (task.send and task.kind == Kind.TRAIN):
         if update.payload or update.payload.keep:
             raise ValueError("this task asks for no tensors, got some")
         return
     if task.subspace is not None:
         _check_scalars(update, task)
+        return
+    _check_repeated(update, task)
+    if update.cost.out_of_memory:
+        _check_given_up(update, task)
         return
     _check_kept(update, task, spec)
     for name, term in update.payload.factors.items():
@@ -61,6 +66,25 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
         _check_size(name, term.a, LARGEST)
     for name, value in update.payload.dense.items():
         _check_size(name, value, LARGEST)
+
+
+def _check_given_up(update: Update, task: Task) -> None:
+    """No tensors, and the arm that the task told it to pull: what a strategy that fits devices' memory learns from."""
+    if update.payload or update.payload.keep:
+        raise ValueError("an update that ran out of memory must carry no tensors, got some")
+    if not task.ranks and not task.start.keep:
+        raise ValueError("the task leaves nothing to make smaller, got an update that ran out of memory")
+    asked = {RATIO: float(task.knobs.get("prune_ratio", 0.0)), RANK: float(task.rank)}
+    for name, value in asked.items():
+        if update.metrics.get(name) != value:
+            raise ValueError(f"metric {name!r} must be its task's {value:g}, got {update.metrics.get(name)}")
+
+
+def _check_repeated(update: Update, task: Task) -> None:
+    """What a strategy asked for and hears again is what it asked for."""
+    for name in REPEATED:
+        if name in task.knobs and update.kind == Kind.TRAIN and update.metrics.get(name) != float(task.knobs[name]):
+            raise ValueError(f"metric {name!r} must be its task's {task.knobs[name]}, got {update.metrics.get(name)}")
 
 
 def _check_kept(update: Update, task: Task, spec: ModelSpec) -> None:
@@ -84,11 +108,11 @@ def _check_size(name: str, values: Array, largest: float) -> None:
         raise ValueError(f"values of {name} must lie within +-{largest:g}, got {peak:g}")
 
 
-def _check_measured(update: Update) -> None:
+def _check_measured(update: Update, most: int) -> None:
     """Metrics that can be pooled: sums with what they are to be divided by, and none that is out of this world."""
     metrics = update.metrics
-    if len(metrics) > MOST_METRICS:
-        raise ValueError(f"an update must have <= {MOST_METRICS} metrics, got {len(metrics)}")
+    if len(metrics) > most:
+        raise ValueError(f"an update must have <= {most} metrics, got {len(metrics)}")
     if update.cost.seconds > LONGEST:
         raise ValueError(f"an update must have taken <= {LONGEST:g} s, got {update.cost.seconds:g}")
     for name, value in metrics.items():

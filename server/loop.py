@@ -308,6 +308,10 @@ def _add_up(record: dict[str, Any], seen: Sequence[Update]) -> None:
     record["train_loss"] = pool([update.metrics for update in seen]).get("loss", 0.0)
     record["updates"] = len(seen)
     record["device_seconds"] = sum(update.cost.seconds for update in seen)
+    record["slowest_seconds"] = max(update.cost.seconds for update in seen)
+    if any(update.cost.peak_tensor_bytes for update in seen):
+        record["device_tensor_mb"] = max(update.cost.peak_tensor_bytes for update in seen) / 2**20
+        record["out_of_memory"] = sum(update.cost.out_of_memory for update in seen)
     record["device_peak_mb"] = max(update.cost.peak_rss_bytes for update in seen) / 2**20
 
 

@@ -12,6 +12,7 @@ from fedloom.client.data import Example
 from fedloom.client.readers import read_examples
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.seeds import derive_seed
+from fedloom.simulations.devices import Profile, profile
 from fedloom.simulations.household.households import household
 from fedloom.simulations.partition import by_key, dirichlet, iid, quantity
 
@@ -36,6 +37,7 @@ class Fleet:
             ValueError: for a missing or malformed file, or a partition that leaves a device empty.
         """
         self._config = config
+        self._profiles = tuple(profile(name) for name in config.fleet.profiles)
         embedded = config.data.source == "household"
         if embedded != (config.fleet.partition == "natural"):
             raise ValueError(
@@ -54,6 +56,18 @@ class Fleet:
     def capability(self, index: int) -> str:
         capabilities = self._config.fleet.capabilities
         return capabilities[index % len(capabilities)]
+
+    def memory(self, index: int) -> int:
+        """Bytes that a device lends to the model and its training; 0: no limit."""
+        lent = self._config.fleet.memory_mb
+        if lent:
+            return int(lent[index % len(lent)] * 1e6)
+        kind = self.profile(index)
+        return kind.available if kind else 0
+
+    def profile(self, index: int) -> Profile | None:
+        """What kind of device it is, where the recipe says."""
+        return self._profiles[index % len(self._profiles)] if self._profiles else None
 
     def holding(self, index: int) -> Holding:
         if index not in self._holdings:

@@ -8,11 +8,12 @@ import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
-from fedloom.client.app import client_app
+from fedloom.client.app import Handler, client_app
 from fedloom.client.device import Device
 from fedloom.client.model import Resident, load_model
 from fedloom.client.store import DeviceStore
 from fedloom.protocols.config import Model, RunConfig
+from fedloom.simulations.clocked import Clocked
 from fedloom.simulations.fleet import EMBEDDED_MODEL, Fleet
 
 
@@ -31,7 +32,7 @@ class World:
         self._config, self._work = config, work
         self._fleet = Fleet(config)
         self._resident: Resident | None = None
-        self._devices: dict[int, Device] = {}
+        self._devices: dict[int, Handler] = {}
 
     @property
     def resident(self) -> Resident:
@@ -40,10 +41,10 @@ class World:
             self._resident = load_model(base_model(self._config), self._config.lora, seed=self._config.seed)
         return self._resident
 
-    def device(self, index: int) -> Device:
+    def device(self, index: int) -> Handler:
         if index not in self._devices:
             name, holding = self._fleet.name(index), self._fleet.holding(index)
-            self._devices[index] = Device(
+            device = Device(
                 name,
                 resident=self.resident,
                 train=holding.train,
@@ -54,7 +55,11 @@ class World:
                 data_config=self._config.data,
                 eval_config=self._config.eval,
                 limit=self._config.wire.limit_mb * 2**20,
+                memory=self._fleet.memory(index),
+                metered=self._fleet.memory(index) > 0,
             )
+            kind = self._fleet.profile(index)
+            self._devices[index] = device if kind is None else Clocked(device, kind, index, self._config, self.resident)
         return self._devices[index]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fedloom.protocols.messages import Array, DeviceReport, ModelSpec, Patch, Payload, Task, Update
+from fedloom.strategies.cost import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,28 @@ class Scaling:
 
     def alpha_for(self, rank: int) -> float:
         return 2.0 * rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one training step of a recipe is, for strategies that plan by memory and time."""
+
+    batch: int = 8  # texts in a forward pass
+    length: int = 128  # tokens of the longest
+    steps: int = 8  # optimiser steps a round, each of `accumulate` forward passes
+    accumulate: int = 1
+    optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
+
+    def step(self, ranks: Mapping[str, int], *, causal: bool, batch: int = 0, bits: int = 16) -> Work:
+        """One forward and backward pass with these adapters, for cost.py; completions at most half of the texts."""
+        return Work(
+            ranks=ranks,
+            batch=batch or self.batch,
+            length=self.length,
+            width=self.length // 2 if causal else 0,
+            bits=bits,
+            optimizer=self.optimizer,
+        )
 
 
 @runtime_checkable

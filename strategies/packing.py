@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from fedloom.protocols.messages import Array, Axis, MatrixSpec, ModelSpec, Payload, unscaled
+from fedloom.protocols.shapes import Block, Linear, Shapes
 from fedloom.strategies.base import State
 from fedloom.strategies.lowrank import Delta, fold
 
@@ -27,6 +29,8 @@ def spec_to_meta(spec: ModelSpec) -> dict[str, Any]:
     if spec.groups:  # a model that cannot be pruned has the table it always had
         axes = {name: [_axis_table(matrix.rows), _axis_table(matrix.columns)] for name, matrix in spec.matrices.items()}
         table |= {"groups": dict(spec.groups), "axes": {name: pair for name, pair in axes.items() if any(pair)}}
+    if spec.shapes is not None:
+        table["shapes"] = asdict(spec.shapes)
     return table
 
 
@@ -56,7 +60,14 @@ def spec_from_meta(table: Mapping[str, Any]) -> ModelSpec:
         dense={name: tuple(shape) for name, shape in table["dense"].items()},
         mask=table["mask"],
         groups=dict(table.get("groups", {})),
+        shapes=_shapes_from(table["shapes"]) if "shapes" in table else None,
     )
+
+
+def _shapes_from(table: Mapping[str, Any]) -> Shapes:
+    blocks = tuple(Block(**block) for block in table["blocks"])
+    linears = {name: Linear(**linear) for name, linear in table["linears"].items()}
+    return Shapes(**{**table, "blocks": blocks, "linears": linears})
 
 
 def pack(prefix: str, payload: Payload) -> dict[str, Array]:

@@ -14,12 +14,14 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from fedloom.protocols.sections import nearest
-from fedloom.strategies.base import Scaling, Strategy
+from fedloom.strategies.base import Scaling, Strategy, Workload
 from fedloom.strategies.decomfl import DeComFL
 from fedloom.strategies.fedit import FedIT
 from fedloom.strategies.fedkseed import FedKSeed
 from fedloom.strategies.fedkseed_pro import FedKSeedPro
 from fedloom.strategies.fedloom import Fedloom
+from fedloom.strategies.fedpipe import FedPipe
+from fedloom.strategies.fedspine import FedSpine
 from fedloom.strategies.ffa import FFA
 from fedloom.strategies.flexlora import FlexLoRA
 from fedloom.strategies.flora import Flora
@@ -29,6 +31,7 @@ from fedloom.strategies.server_optimizer import MergeOptions
 from fedloom.strategies.sketch import Sketch
 
 GROUP = "fedloom.strategies"
+FILLED = ("scaling", "work")  # fields that come from the rest of the recipe
 _OURS: dict[str, type[Any]] = {
     "fedloom": Fedloom,
     "flora": Flora,
@@ -40,6 +43,8 @@ _OURS: dict[str, type[Any]] = {
     "fedkseed_pro": FedKSeedPro,
     "decomfl": DeComFL,
     "sketch": Sketch,
+    "fedspine": FedSpine,
+    "fedpipe": FedPipe,
     "local": Local,
 }
 
@@ -61,25 +66,27 @@ def options(name: str) -> list[tuple[str, Any, str]]:
         ValueError: for an unknown strategy.
     """
     shared = {option.name for option in dataclasses.fields(MergeOptions)}
-    fields = [option for option in dataclasses.fields(_find(name)) if option.name != "scaling"]
+    fields = [option for option in dataclasses.fields(_find(name)) if option.name not in FILLED]
     own = [option for option in fields if option.name not in shared]
     rest = [option for option in fields if option.name in shared]
     return [(option.name, _default(option), str(option.metadata.get("doc", ""))) for option in (*own, *rest)]
 
 
-def build(name: str, options: Mapping[str, Any], scaling: Scaling) -> Strategy:
+def build(name: str, options: Mapping[str, Any], scaling: Scaling, work: Workload | None = None) -> Strategy:
     """A strategy with these options.
 
     Raises:
         ValueError: for an unknown strategy or option, naming the nearest, or a value of the wrong type or range.
     """
     kind = _find(name)
-    known = [option.name for option in dataclasses.fields(kind) if option.name != "scaling"]
+    known = [option.name for option in dataclasses.fields(kind) if option.name not in FILLED]
     for option in options:
         if option not in known:
             raise ValueError(f"unknown option {option!r} of strategy {name}: {_hint(option, known)}")
     hints = get_type_hints(kind)
     values: dict[str, Any] = {"scaling": scaling}
+    if work is not None and "work" in hints:
+        values["work"] = work
     for option, value in options.items():
         try:
             values[option] = TypeAdapter(hints[option]).validate_python(value, strict=True)

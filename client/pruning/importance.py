@@ -34,11 +34,14 @@ CHUNK = 2**21  # entries of g that exist at once
 
 @dataclass(kw_only=True)
 class Importance:
-    """Scores that follow the steps of a training."""
+    """Scores that follow the steps of a training, from those of an earlier one if `scores` are given."""
 
     prunable: Prunable
     scores: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     _seen: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._seen = {name: np.ones(len(values), np.bool_) for name, values in self.scores.items()}
 
     def observe(self, adapters: Adapters) -> None:
         """Take in the gradients that the adapters hold: after `backward`, before they are zeroed.

@@ -1,0 +1,116 @@
+"""What a server remembers of each device that it treats unlike the others: its bandit, and the units that it keeps.
+
+    standing/<device>/keep                                     packed bits, group by group in the spec's order, uint8
+    standing/<device>/{leaves,rounds,ratios,ranks,rewards}     the bandit's arrays
+
+The server's memory grows with the number of devices by these alone: a bit a unit, and a hundred arms or so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedloom.protocols.messages import Array, ModelSpec, Update
+from fedloom.protocols.shapes import Shapes
+from fedloom.strategies.bandit import BanditState
+from fedloom.strategies.base import State
+from fedloom.strategies.masked import Bits, Keep
+from fedloom.strategies.packing import spec_from_meta, spec_of, under
+from fedloom.strategies.sparsity import pruned_share
+
+RATIO, RANK, DROP = "ratio", "rank", "drop"  # metrics of an update: what its device did, and what the loss fell by
+NEED, FLOPS, BITS = "need", "flops", "bits"  # knobs of a task that its update repeats among its metrics
+REPEATED = (NEED, FLOPS, BITS)
+MEASURE = "measure_modules"  # the knob that asks a device how much each module matters
+SCORE = "score/"  # before a module's name, in the metrics: how much it matters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What is remembered of an update once its tensors are merged."""
+
+    device: str
+    round: int
+    ratio: float
+    rank: int
+    drop: float
+    seconds: float
+    out_of_memory: bool
+    keep: Keep
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """One device as the server knows it."""
+
+    bandit: BanditState
+    keep: Keep = field(default_factory=dict)
+    ratio: float = 0.0
+
+    def allowed(self, spec: ModelSpec) -> dict[str, Bits]:
+        """The units that it may keep: those it kept last; all of them at first."""
+        return {group: self.keep.get(group, np.ones(units, np.bool_)) for group, units in spec.groups.items()}
+
+
+def noted(updates: Iterable[Update], spec: ModelSpec, seen: list[Seen]) -> Iterator[Update]:
+    """The updates that carry tensors; `seen` gets a line for each of them, and for each that ran out of memory."""
+    for update in updates:
+        terms = update.payload.factors.values()
+        oom = update.cost.out_of_memory
+        seen.append(
+            Seen(
+                device=update.device,
+                round=update.round,
+                ratio=update.metrics.get(RATIO, 0.0) if oom else pruned_share(update.payload.keep, spec.groups),
+                rank=int(update.metrics.get(RANK, 1.0)) if oom else max((term.rank for term in terms), default=1),
+                drop=update.metrics.get(DROP, 0.0),
+                seconds=update.cost.seconds,
+                out_of_memory=oom,
+                keep=update.payload.keep,
+                measured=update.metrics,
+            )
+        )
+        if not oom:
+            yield update
+
+
+def shapes_of(state: State) -> Shapes:
+    """The model's shapes, which strategies that plan by memory ask for at `init`."""
+    shapes = spec_of(state).shapes
+    if shapes is None:
+        raise ValueError("this strategy must be told the model's shapes, the devices gave none")
+    return shapes
+
+
+def standing_of(state: State, device: str) -> Standing | None:
+    """What is known of a device; None where nothing is."""
+    table = state.meta["standings"].get(device)
+    if table is None:
+        return None
+    tensors = under(f"standing/{device}", state.tensors)
+    spec = spec_from_meta(state.meta["spec"])
+    bits = np.unpackbits(tensors.pop("keep").astype(np.uint8)).astype(np.bool_)  # type: ignore[arg-type]
+    keep, at = {}, 0
+    if table["pruned"]:
+        for group, units in spec.groups.items():
+            keep[group] = bits[at : at + units]
+            at += units
+    return Standing(bandit=BanditState.restore(tensors, table["bandit"]), keep=keep, ratio=table["ratio"])
+
+
+def standing_tensors(standing: Standing, spec: ModelSpec) -> dict[str, Array]:
+    """A standing's tensors, by full name."""
+    device = standing.bandit.device
+    whole = np.concatenate([standing.allowed(spec)[group] for group in spec.groups])
+    tensors: dict[str, Any] = {"keep": np.packbits(whole), **standing.bandit.tensors()}
+    return {f"standing/{device}/{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
+
+
+def standing_table(standing: Standing) -> Mapping[str, Any]:
+    """A standing's JSON-able part."""
+    return {"bandit": standing.bandit.meta(), "ratio": standing.ratio, "pruned": bool(standing.keep)}
