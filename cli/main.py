@@ -15,6 +15,7 @@ from rich.console import Console
 from fedloom.cli.bench.commands import app as bench
 from fedloom.cli.client import app as client
 from fedloom.cli.keys import app as keys
+from fedloom.cli.plan import plan
 from fedloom.cli.server import server
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(keys, name="keys")
 app.add_typer(client, name="client")
+app.command()(plan)
 app.command()(server)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]

@@ -42,7 +42,7 @@ def show_or_json(
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """The tables that end a run: how good each strategy became, and what it cost."""
     metric = str(summary["metric"]).replace("_", " ")
-    good, cost = [], []
+    good, cost, clocked = [], [], any("virtual_seconds" in entry for entry in summary["strategies"])
     for entry in summary["strategies"]:
         low, high = entry["ci95"]
         good.append(
@@ -63,8 +63,10 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
                 human_bytes(entry["bytes_down_per_device"]),
                 f"{entry['seconds']:.0f} s",
                 f"{entry['peak_rss_mb']:.0f} MB",
+                *((f"{entry[key]:.1f} s" for key in ("virtual_seconds", "idle_seconds")) if clocked else ()),
             )
         )
     size = f"{summary['devices']} devices, {summary['rounds']} rounds"
     show(console, f"{summary['name']}: {size}", ("strategy", f"{metric} before", "after", "95% interval", "loss"), good)
-    show(console, "what it cost", ("strategy", "up", "each", "down", "each", "time", "peak memory"), cost)
+    columns = ("strategy", "up", "each", "down", "each", "time", "peak memory")
+    show(console, "what it cost", columns + (("virtual time", "idle in all") if clocked else ()), cost)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
-from fedloom.client.lora import Adapters
+from fedloom.client.lora import Adapters, check_rank
 from fedloom.client.model import Resident
+from fedloom.client.pruning.narrowing import apply_keep
 from fedloom.client.pruning.rounds import KNOB, asked_ratio
-from fedloom.protocols.messages import Kind, Start, Task
+from fedloom.protocols.messages import Kind, ModelSpec, Payload, Start, Task, Update
+from fedloom.strategies.cost import BITS as KNOWN_BITS
 from fedloom.strategies.unequal import BITS, RANK, RATIO, REPEATED
 
 
@@ -22,9 +25,35 @@ def listening(resident: Resident, observe: Callable[[Adapters], None] | None) ->
         resident.adapters.on_gradients = None
 
 
+def check_adjusted(task: Task, spec: ModelSpec) -> None:
+    """Hold what a task would have made smaller against the model, before any of it is done.
+
+    Raises:
+        ValueError: for knobs out of bounds, modules that the model does not have or ranks that do not fit them, or what
+            cannot be had together: units removed from a base of few bits, or in a subspace, or from a given adapter.
+    """
+    bits, ratio, keep = asked_bits(task), asked_ratio(task), task.start.keep
+    for name, rank in task.ranks.items():
+        if name not in spec.matrices:
+            raise ValueError(f"a task's ranks must be of the model's adapted modules, got {name[:80]!r}")
+        check_rank(rank, {name: spec.matrices[name]})
+    if task.subspace is not None and (keep or task.ranks or bits != KNOWN_BITS[0]):
+        raise ValueError("a task in a subspace must be on the whole model in 16 bits, got one that makes it smaller")
+    if ratio and not keep:
+        raise ValueError(f"a task with the knob {KNOB} must carry the units that may be kept, got none")
+    if not keep:
+        return
+    if bits != KNOWN_BITS[0] or task.ranks:
+        raise ValueError("a task that prunes must have one rank and a base in 16 bits, got others")
+    if task.start_from not in (Start.FRESH, Start.PATCH) or task.start.factors or task.shared_a_seed is not None:
+        raise ValueError("a task that prunes must start from new factors of the device's own, got given ones")
+    if task.kind is Kind.TRAIN and not task.send:
+        raise ValueError("a task that prunes must ask for its factors, got one that keeps them on the device")
+
+
 def adjusts(task: Task) -> bool:
     """Whether the server chose this training for this device's memory, and learns from hearing that it was too much."""
-    return task.kind is Kind.TRAIN and (KNOB in task.knobs or bool(task.ranks))
+    return task.kind is Kind.TRAIN and bool(task.start.keep or task.ranks)
 
 
 def keeps_own(task: Task) -> bool:
@@ -37,6 +66,11 @@ def given_up(task: Task) -> Mapping[str, float]:
     return {RATIO: asked_ratio(task), RANK: float(task.rank), **repeated(task)}
 
 
+def surrendered(update: Update, task: Task) -> Update:
+    """The same update, but that it ran out of memory after all."""
+    return replace(update, metrics=given_up(task), payload=Payload(), cost=replace(update.cost, out_of_memory=True))
+
+
 def repeated(task: Task) -> dict[str, float]:
     """The knobs that an update repeats, so that a server that plans anew each round knows what it asked for."""
     return {name: float(task.knobs[name]) for name in REPEATED if isinstance(task.knobs.get(name), float | int)}
@@ -46,9 +80,21 @@ def asked_bits(task: Task) -> int:
     """How many bits a task wants the base held in.
 
     Raises:
-        ValueError: for a knob that is no whole number.
+        ValueError: for a knob that is none of the numbers of bits that there are.
     """
-    bits = task.knobs.get(BITS, 16)
-    if not isinstance(bits, int):
-        raise ValueError(f"the knob {BITS} must be a whole number, got {bits!r}")
+    bits = task.knobs.get(BITS, KNOWN_BITS[0])
+    if not isinstance(bits, int) or bits not in KNOWN_BITS:
+        raise ValueError(f"the knob {BITS} must be one of {KNOWN_BITS}, got {bits!r}")
     return bits
+
+
+def clean_up(resident: Resident) -> None:
+    """Leave nothing of a task on a resident: the whole model at W0 in whatever bits it is, with no adapters.
+
+    What a task costs from here on is its own business, and one that ended midway does no harm.
+    """
+    resident.rebuilt.restore()
+    if resident.prunable is not None:
+        apply_keep(resident, {})
+    resident.base.restore()
+    resident.adapters.clear()

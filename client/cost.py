@@ -115,7 +115,8 @@ def _outside(resident: Resident, linears: Mapping[str, object]) -> Iterator[Tens
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of every storage that is made inside the block, until it is freed.
 
-    `live` and `peak` are bytes. What an operation allocates and frees within itself is not seen.
+    `live` and `peak` are bytes. What an operation allocates and frees within itself is not seen; mapped files, which
+    the system may drop, do not count.
     """
 
     def __init__(self, *, limit: int = 0) -> None:
@@ -129,11 +130,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self._count(tensor)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in the block, and guarding each call against it is half of what a call costs."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         if self.limit and self.live > self.limit:
@@ -143,7 +149,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
+        if key in self._known or not size or storage.filename is not None:
             return
         self._known[key] = weakref.ref(storage, partial(self._forget, key, size))
         self.live += size

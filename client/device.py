@@ -12,9 +12,18 @@ from importlib.metadata import version
 import torch
 
 from fedloom.client import tuners
-from fedloom.client.adjusting import adjusts, asked_bits, given_up, keeps_own, listening, repeated
+from fedloom.client.adjusting import (
+    adjusts,
+    asked_bits,
+    check_adjusted,
+    clean_up,
+    given_up,
+    keeps_own,
+    listening,
+    repeated,
+)
 from fedloom.client.bits import hold
-from fedloom.client.cost import attempt
+from fedloom.client.cost import Trial, attempt
 from fedloom.client.cost import held as tensors_held
 from fedloom.client.data import Dataset, Example
 from fedloom.client.evaluation import evaluate, nothing
@@ -33,6 +42,10 @@ from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, P
 from fedloom.strategies.ffa import drop_a
 from fedloom.strategies.masked import slice_payload
 from fedloom.strategies.unequal import DROP, MEASURE
+
+
+class NoRoom(ValueError):  # noqa: N818 - a refusal, named for its reason
+    """A task needs more memory than the device has, and leaves it nothing to make smaller."""
 
 
 class Device:
@@ -103,6 +116,7 @@ class Device:
         The same task gives the same answer, bit for bit, on one machine.
 
         Raises:
+            NoRoom: for a task that needs too much memory and cannot be answered with that alone.
             StaleVersion: when the task's patch builds on a version that this device does not hold.
             ValueError: for a task that is not for this device or beyond its limits, bad data, or a diverged training.
         """
@@ -114,19 +128,16 @@ class Device:
             raise ValueError("a task on coefficients must name their subspace, got none")
         if task.subspace is not None and (held.payload.factors or held.payload.dense):
             raise ValueError("a task in a subspace must stand on coefficients alone, got factors or dense tensors")
-        own = self._store.load_state(task.state_round, task.run) if keeps_own(task) else None
-        if self._resident.prunable is not None and not task.start.keep:
+        own = self._own(task) if keeps_own(task) else None
+        prunable = self._resident.prunable
+        if prunable is not None and not task.start.keep and not prunable.is_at({}):
             apply_keep(self._resident, {})
         hold(self._resident, asked_bits(task))
-        work = partial(self._answer, task, held, own)
-        result, trial = attempt(
-            work,
-            limit=self._memory if self._metered else 0,
-            metered=self._metered,
-            watch=tensors_held(self._resident) if self._metered else (),
-        )
+        if self._metered and task.subspace is None:
+            clean_up(self._resident)  # what is counted must not depend on whose turn was before
+        result, trial = self._try(task, held, own)
         if trial.oom and not adjusts(task):
-            raise ValueError(f"{self.name} ran out of memory, and the task leaves nothing to make smaller")
+            raise NoRoom(f"the task needs more memory than there is, and {self.name} has nothing to make smaller")
         metrics, payload = result or (given_up(task), Payload())
         return Update(
             device=self.name,
@@ -145,14 +156,43 @@ class Device:
             payload=payload,
         )
 
-    def _answer(self, task: Task, held: Held, own: Payload | None) -> tuple[Mapping[str, float], Payload]:
+    def _own(self, task: Task) -> Payload | None:
+        """What the device ended a round with; a record of units that cannot be read is as good as none."""
+        try:
+            return self._store.load_state(task.state_round, task.run)
+        except ValueError:
+            if not task.start.keep:
+                raise
+            return None
+
+    def _try(
+        self, task: Task, held: Held, own: Payload | None
+    ) -> tuple[tuple[Mapping[str, float], Payload] | None, Trial]:
+        """Do a task within the device's memory; an evaluation that runs out of it goes on with half as many texts."""
+        batch = self._settings(task).batch_size if task.kind is Kind.EVALUATE else 1
+        while True:
+            result, trial = attempt(
+                partial(self._answer, task, held, own, batch),
+                limit=self._memory if self._metered else 0,
+                metered=self._metered,
+                watch=tensors_held(self._resident) if self._metered else (),
+            )
+            if not trial.oom:
+                return result, trial
+            clean_up(self._resident)
+            if batch == 1:
+                return None, trial
+            batch //= 2
+
+    def _answer(self, task: Task, held: Held, own: Payload | None, batch: int) -> tuple[Mapping[str, float], Payload]:
         if task.kind is Kind.EVALUATE:
-            return self._evaluate(task, held, own), Payload()
+            return self._evaluate(task, held, own, batch), Payload()
         return self._train_pruned(task, held, own) if task.start.keep else self._train(task, held, own)
 
     def _check(self, task: Task) -> None:
         if task.device != self.name:
             raise ValueError(f"a task must be for device {self.name!r}, got one for {task.device!r}")
+        check_adjusted(task, self._resident.spec)
         if task.kind is not Kind.TRAIN:
             return
         if self._capability == "forward" and task.tuner not in tuners.FORWARD_ONLY:
@@ -162,7 +202,7 @@ class Device:
         rank = task.rank if task.subspace is None else task.subspace.rank
         if rank > self._rank:
             raise ValueError(f"a task for {self.name} must have rank <= {self._rank}, got {rank}")
-        if rank or task.subspace is None:
+        if (rank or task.subspace is None) and not task.ranks:
             check_rank(rank, self._resident.spec.matrices)
 
     def _train(self, task: Task, held: Held, own: Payload | None) -> tuple[Mapping[str, float], Payload]:
@@ -196,20 +236,23 @@ class Device:
         keep, memory = settle(resident, task, held, remembered(own), lambda: dataset)
         start = starting_payload(replace(task, start=Payload()), resident.spec, held.warm, None)
         resident.adapters.set_factors(slice_payload(start, resident.spec, keep).factors, train_a=task.train_a)
-        before, importance, loss = self._heads(), measure(resident, memory), probe(resident, dataset)
+        before, importance, loss = self._heads(), measure(resident, memory), probe(resident, dataset, task)
         with listening(resident, importance.observe):
             metrics = {**tuners.get(task.tuner)(resident, dataset, task), **repeated(task)}
         moved = {name: value - before[name] for name, value in self._heads().items()}
-        metrics = {**metrics, DROP: loss - probe(resident, dataset)}
+        metrics = {**metrics, DROP: loss - probe(resident, dataset, task)}
         memory = replace(memory, scores=importance.scores)
         self._store.save_state(task.round, task.run, memory.payload())
         return metrics, Payload(factors=resident.adapters.get_factors(), dense=moved, keep=keep)
 
-    def _evaluate(self, task: Task, held: Held, own: Payload | None) -> Mapping[str, float]:
+    def _settings(self, task: Task) -> config.Evaluation:
+        known = {name: value for name, value in task.knobs.items() if name in config.Evaluation.model_fields}
+        return config.Evaluation.model_validate({**self._evaluation.model_dump(), **known})
+
+    def _evaluate(self, task: Task, held: Held, own: Payload | None, batch: int) -> Mapping[str, float]:
         if not self._examples[Kind.EVALUATE]:
             return nothing(self._resident.config.task)
-        known = {name: value for name, value in task.knobs.items() if name in config.Evaluation.model_fields}
-        settings = config.Evaluation.model_validate({**self._evaluation.model_dump(), **known})
+        settings = self._settings(task).model_copy(update={"batch_size": batch})
         resident, dataset = self._resident, self._dataset(Kind.EVALUATE)
         if task.subspace is not None:
             with self._place(task.subspace, held) as place:

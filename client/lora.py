@@ -117,6 +117,10 @@ class Adapters:
         self.layers: dict[str, Any] = {name: wrapped[name] for name in self.matrices}  # LoraLinear: untyped
         for layer in self.layers.values():
             layer.forward = types.MethodType(_forward, layer)
+        self.clear()
+
+    def clear(self) -> None:
+        """Adapters of rank 1 that add nothing: whatever the task before left is gone."""
         self.set_factors({name: _zero(size) for name, size in self.matrices.items()})
 
     def set_factors(self, factors: Mapping[str, LowRank], *, train_a: bool = True, partial: bool = False) -> None:

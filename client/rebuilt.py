@@ -1,36 +1,18 @@
 """The base's weights, overwritten by W0 + sum_k c_k z_k and brought back, bit for bit.
 
-W0 is set aside in a mapped file, not in memory: it is read when a model is rebuilt, and the system may drop it in
-between. The file has no name any more, so it goes with the process (TMPDIR says where it lies). Every version is made
+W0 is set aside in a mapped file, not in memory (mapped.py): it is read when a model is rebuilt. Every version is made
 from W0, never from another, and rounded once.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from fedloom.client.mapped import set_aside
 from fedloom.client.parts import Fill, Part
 from fedloom.client.patching import BASE
-
-
-def set_aside(tensor: Tensor) -> Tensor:
-    """A copy of a flat tensor in a mapped file of the CPU's."""
-    size = tensor.numel()
-    handle, name = tempfile.mkstemp(prefix="fedloom-")
-    try:
-        os.ftruncate(handle, max(size * tensor.element_size(), 1))
-        mapped = torch.from_file(name, shared=True, size=size, dtype=tensor.dtype)
-    finally:
-        os.close(handle)
-        Path(name).unlink()
-    mapped.copy_(tensor.detach())
-    return mapped
 
 
 def _copies(values: Mapping[str, Tensor]) -> Fill:

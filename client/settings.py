@@ -58,7 +58,8 @@ class Rules(Section):
     threads: int = Field(default=0, ge=0)
     """Processor threads to compute with; 0 takes one for each core."""
     max_memory_mb: int = Field(default=0, ge=0)
-    """Memory for the model and its training, in MB; a task that needs more is refused."""
+    """Memory for the model and its training, in MB; a task that needs more is refused. Servers that fit their tasks to
+    devices are told what of it is left for tensors."""
     max_disk_mb: int = Field(default=0, ge=0)
     """Disk for what it keeps between tasks, in MB."""
     max_traffic_mb: int = Field(default=0, ge=0)

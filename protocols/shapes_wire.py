@@ -13,9 +13,14 @@ LARGEST: Final = 2**40  # of a width, and of bytes: products of two are exact in
 
 
 def write_shapes(shapes: Shapes | None) -> pb.Shapes | None:
-    """The record of a model's shapes; none for none."""
+    """The record of a model's shapes; none for none.
+
+    Raises:
+        ValueError: for what `check_shapes` refuses.
+    """
     if shapes is None:
         return None
+    check_shapes("shapes", shapes)
     return pb.Shapes(
         family=shapes.family,
         hidden=shapes.hidden,

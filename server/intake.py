@@ -42,7 +42,7 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
         raise ValueError(f"an update must count examples >= 0, got {update.examples}")
     if update.examples > MOST_EXAMPLES:
         raise ValueError(f"an update must count examples <= {MOST_EXAMPLES}, got {update.examples}")
-    _check_measured(update, MOST_METRICS + (len(spec.matrices) if MEASURE in task.knobs else 0))
+    _check_measured(update, task, MOST_METRICS + (len(spec.matrices) if MEASURE in task.knobs else 0))
     if not (task.send and task.kind == Kind.TRAIN):
         if update.payload or update.payload.keep:
             raise ValueError("this task asks for no tensors, got some")
@@ -108,15 +108,18 @@ def _check_size(name: str, values: Array, largest: float) -> None:
         raise ValueError(f"values of {name} must lie within +-{largest:g}, got {peak:g}")
 
 
-def _check_measured(update: Update, most: int) -> None:
-    """Metrics that can be pooled: sums with what they are to be divided by, and none that is out of this world."""
+def _check_measured(update: Update, task: Task, most: int) -> None:
+    """Metrics that can be pooled: sums with what they are to be divided by, and none that is out of this world.
+
+    What a task asks to be repeated may be as large as the task says: operations are, of a large model.
+    """
     metrics = update.metrics
     if len(metrics) > most:
         raise ValueError(f"an update must have <= {most} metrics, got {len(metrics)}")
     if update.cost.seconds > LONGEST:
         raise ValueError(f"an update must have taken <= {LONGEST:g} s, got {update.cost.seconds:g}")
     for name, value in metrics.items():
-        if abs(value) > LARGEST_METRIC:
+        if abs(value) > LARGEST_METRIC and not (name in REPEATED and value == task.knobs.get(name)):
             raise ValueError(f"metric {name!r} must lie within +-{LARGEST_METRIC:g}, got {value:g}")
         count = "tokens" if name == "loss_sum" else "n"
         if name.endswith("_sum") and count not in metrics:

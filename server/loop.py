@@ -22,6 +22,7 @@ from typing import Any
 from fedloom.protocols.codec import decode_answer
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.messages import DeviceReport, Hello, Kind, ModelSpec, Refusal, Task, Update
+from fedloom.server.assigned import assigned
 from fedloom.server.buffered import Buffer
 from fedloom.server.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
 from fedloom.server.collect import Collection, Desk
@@ -239,6 +240,8 @@ class Coordinator:
             raise TooFew(f"a round needs {rules.min_updates} updates, its cohort is {len(tasks)}")
         state = self._strategy.aggregate(state, _at_least(answers, answers, rules.min_updates))
         _add_up(record, answers.seen)
+        if given := assigned(tasks, answers.seen):
+            record["assigned"] = given
         return state
 
     def _evaluate(self, state: State, round: int, record: dict[str, Any]) -> None:
@@ -309,6 +312,7 @@ def _add_up(record: dict[str, Any], seen: Sequence[Update]) -> None:
     record["updates"] = len(seen)
     record["device_seconds"] = sum(update.cost.seconds for update in seen)
     record["slowest_seconds"] = max(update.cost.seconds for update in seen)
+    record["idle_seconds"] = len(seen) * record["slowest_seconds"] - record["device_seconds"]
     if any(update.cost.peak_tensor_bytes for update in seen):
         record["device_tensor_mb"] = max(update.cost.peak_tensor_bytes for update in seen) / 2**20
         record["out_of_memory"] = sum(update.cost.out_of_memory for update in seen)

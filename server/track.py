@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fedloom.protocols.config import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
+PER_DEVICE = ("devices", "assigned")  # tables with a line for each device
 
 
 class Tracker(Protocol):
@@ -120,7 +121,7 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """A record's numbers by slashed name, per-device tables left out (they belong to the report)."""
     flat: dict[str, float] = {}
     for name, value in record.items():
-        if isinstance(value, Mapping) and name != "devices":
+        if isinstance(value, Mapping) and name not in PER_DEVICE:
             flat.update(scalars(value, f"{prefix}{name}/"))
         elif isinstance(value, int | float) and name != "round":
             flat[f"{prefix}{name}"] = float(value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedloom.client.adjusting import asked_bits
 from fedloom.client.cost import shapes_of
 from fedloom.client.device import Device
 from fedloom.client.model import Resident
+from fedloom.client.pruning.rounds import asked_ratio
 from fedloom.client.training import read_knobs
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.messages import Hello, Kind, Payload, Task, Update
@@ -14,7 +16,7 @@ from fedloom.server.app import workload
 from fedloom.simulations.clock import Load
 from fedloom.simulations.devices import Profile, drifted
 from fedloom.strategies.cost import seconds
-from fedloom.strategies.unequal import BITS
+from fedloom.strategies.sparsity import narrowed
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
@@ -23,9 +25,14 @@ class Clocked:
     """One device and its kind."""
 
     def __init__(self, device: Device, kind: Profile, index: int, config: RunConfig, resident: Resident) -> None:
-        """`index` draws how its speed drifts."""
+        """`index` draws how its speed drifts.
+
+        Raises:
+            ValueError: for a model whose operations cannot be counted.
+        """
         self._device, self._kind, self._index, self._config, self._resident = device, kind, index, config, resident
         self.name, self.limit = device.name, device.limit
+        shapes_of(resident)
 
     def hello(self) -> Hello:
         return self._device.hello()
@@ -37,16 +44,19 @@ class Clocked:
         return replace(update, cost=replace(update.cost, seconds=self._seconds(task, update)))
 
     def _seconds(self, task: Task, update: Update) -> float:
-        """Receiving, computing and sending, one after another; the model is as narrow as the task left it."""
+        """Receiving, computing and sending, one after another; the model is as narrow as the task left it.
+
+        One that ran out of memory is taken to have done so at the end: the server learns of it no sooner.
+        """
         config, knobs = self._config, read_knobs(task)
         kind = drifted(self._kind, seed=config.seed, index=self._index, round=task.round, compute=config.fleet.drift)
         shapes = shapes_of(self._resident)
+        if update.cost.out_of_memory:
+            shapes = narrowed(shapes, asked_ratio(task))  # the device went back to the whole model
         ranks = {name: term.rank for name, term in update.payload.factors.items()}
         if not ranks:  # nothing came back: it ran out of memory
             ranks = dict(task.ranks) or dict.fromkeys(self._resident.spec.matrices, task.rank)
-        step = workload(config).step(
-            ranks, causal=not shapes.head, batch=knobs.batch_size, bits=int(task.knobs.get(BITS, 16))
-        )
+        step = workload(config).step(ranks, causal=not shapes.head, batch=knobs.batch_size, bits=asked_bits(task))
         computing = seconds(shapes, step, kind.speed, steps=knobs.steps * knobs.accumulate)
         down = _numbers(task.patch.payload) * BYTES[config.wire.down] if task.patch is not None else 0
         up = _numbers(update.payload) * BYTES[config.wire.up]

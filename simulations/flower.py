@@ -12,8 +12,8 @@ from pathlib import Path
 
 from flwr.app import Context
 
+from fedloom.client.app import Handler
 from fedloom.client.app import client_app as make_client_app
-from fedloom.client.device import Device
 from fedloom.protocols.config import RunConfig, read_recipe
 from fedloom.server.app import Plan
 from fedloom.server.app import server_app as make_server_app
@@ -46,7 +46,7 @@ def _prepare(context: Context) -> Plan:
     return Plan(config=config, out=Path(out), run=run_name(config), resume=bool(context.run_config["resume"]))
 
 
-def _open_device(context: Context) -> Device:
+def _open_device(context: Context) -> Handler:
     node = context.node_config
     return _world(*_asked(context), int(node["num-partitions"])).device(int(node["partition-id"]))
 

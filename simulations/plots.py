@@ -138,20 +138,21 @@ def draw_plots(curves: Sequence[Curve], metric: Metric) -> list[Plot]:
     band = "The band is the 95% interval over devices."
     fall = "" if metric.is_share else " Lower is better."
     metric_title, device_title = f"{metric.title} by round", f"{metric.title} on each device"
-    plots = [_render("metric", metric_title, band + fall, lambda f: _by_round(f, curves, metric))]
+    plots = [render("metric", metric_title, band + fall, lambda f: _by_round(f, curves, metric))]
     if metric.key != "loss":
         caption = "Mean loss per token on held-out examples; lower is better."
-        plots.append(_render("loss", "Loss by round", caption, lambda f: _loss(f, curves)))
+        plots.append(render("loss", "Loss by round", caption, lambda f: _loss(f, curves)))
     caption = "Every byte up and down so far, evaluation included, over all devices; each point is an evaluated round."
-    plots.append(_render("traffic", f"{metric.title} against traffic", caption, lambda f: _traffic(f, curves, metric)))
+    plots.append(render("traffic", f"{metric.title} against traffic", caption, lambda f: _traffic(f, curves, metric)))
     caption = "For one device over the whole run, evaluation included: sent up (solid) and down (hatched)."
-    plots.append(_render("bytes", "Bytes per device", caption, lambda f: _bytes(f, curves)))
+    plots.append(render("bytes", "Bytes per device", caption, lambda f: _bytes(f, curves)))
     caption = "Bars: after the last round; dashes: before the first. In brackets: held-out examples of the device."
-    plots.append(_render("devices", device_title, caption, lambda f: _devices(f, curves, metric), wide=True))
+    plots.append(render("devices", device_title, caption, lambda f: _devices(f, curves, metric), wide=True))
     return plots
 
 
-def _render(key: str, title: str, caption: str, draw: Callable[[Figure], None], *, wide: bool = False) -> Plot:
+def render(key: str, title: str, caption: str, draw: Callable[[Figure], None], *, wide: bool = False) -> Plot:
+    """Draw on a figure of its own and keep it as SVG and PNG."""
     with mpl.rc_context({**SETTINGS, "svg.hashsalt": f"fedloom-{key}"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in another script; the page's own fonts have it
         figure = Figure(figsize=(WIDE if wide else WIDTH, HEIGHT))

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from fedloom.protocols.seeds import derive_seed
 from fedloom.server.pooling import DRAWS, interval, pool
-from fedloom.simulations.plots import Curve, Metric, draw_plots, human_bytes, swatch
+from fedloom.simulations.assigned import Given, draw_assigned, rows_of
+from fedloom.simulations.plots import Curve, Metric, Plot, draw_plots, human_bytes, swatch
 
 REPORT_FILE, PLOTS = "report.html", "plots"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,6 +50,8 @@ class Entry(BaseModel):
     device_seconds: float
     peak_rss_mb: float
     refused: int
+    virtual_seconds: float | None = None
+    idle_seconds: float | None = None
 
 
 class Summary(BaseModel):
@@ -59,6 +62,8 @@ class Summary(BaseModel):
     model: str
     devices: int
     ranks: list[int]
+    profiles: list[str] = []
+    memory_mb: list[float] = []
     rounds: int
     seed: int
     metric: str
@@ -72,6 +77,7 @@ class Record(BaseModel):
     round: int
     evaluation: dict[str, float] = {}
     devices: dict[str, dict[str, float]] = {}
+    assigned: dict[str, Given] = {}
     bytes_up: int
     bytes_down: int
 
@@ -83,6 +89,7 @@ class Run:
     entry: Entry
     records: Sequence[Record]
     rounds: int
+    assigned: Mapping[int, Mapping[str, Given]]
 
     @property
     def devices(self) -> Table:
@@ -115,7 +122,7 @@ def write_report(out: Path) -> Path:
     curves = [_curve(run, metric, summary.seed) for run in runs]
     reference = next((run for run in runs if run.entry.name == "fedloom"), runs[0])
     differences = [_difference(reference, run, metric, summary.seed) for run in runs if run is not reference]
-    plots = draw_plots(curves, metric)
+    plots = draw_plots(curves, metric) + assigned_plots(summary, runs)
     (out / PLOTS).mkdir(exist_ok=True)
     for plot in plots:
         (out / PLOTS / f"{plot.key}.png").write_bytes(plot.png)
@@ -145,6 +152,18 @@ def write_report(out: Path) -> Path:
     path = out / REPORT_FILE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def assigned_plots(summary: Summary, runs: Sequence[Run]) -> list[Plot]:
+    """A picture for each run whose strategy treated devices unlike."""
+    plots = []
+    for run in (run for run in runs if run.assigned):
+        devices = sorted({*run.devices, *(name for table in run.assigned.values() for name in table)})
+        known = len(devices) == summary.devices  # else a device's number in the fleet is not known
+        kinds = (summary.profiles, summary.memory_mb) if known else ([], [])
+        key = "assigned" if len(runs) == 1 else f"assigned-{runs.index(run)}"
+        plots.append(draw_assigned(rows_of(run.assigned, devices, *kinds), run.entry.name, key=key))
+    return plots
 
 
 def read_finished(out: Path) -> tuple[Summary, list[Run]]:
@@ -177,7 +196,8 @@ def _read_run(entry: Entry, out: Path, metric: str) -> Run:
             if lacking := sorted(needed - set(measured)):
                 where = f"{path} round {record.round}"
                 raise ValueError(f"{out} is not a finished run: {lacking[0]!r} of {device!r} is missing in {where}")
-    return Run(entry=entry, records=evaluated, rounds=max(1, records[-1].round))
+    given = {record.round: record.assigned for record in records if record.assigned}
+    return Run(entry=entry, records=evaluated, rounds=max(1, records[-1].round), assigned=given)
 
 
 def _read(out: Path, path: Path) -> str:

@@ -123,6 +123,8 @@ def run_recipe(
         "model": config.model.path,
         "devices": config.fleet.devices,
         "ranks": list(config.fleet.ranks),
+        "profiles": list(config.fleet.profiles),
+        "memory_mb": list(config.fleet.memory_mb),
         "rounds": config.server.rounds,
         "seed": config.seed,
         "metric": main_metric(config),
@@ -206,7 +208,16 @@ def _entry(member: Member, out: Path, records: list[dict[str, Any]], config: Run
         "device_seconds": sum(record.get("device_seconds", 0.0) for record in records),
         "peak_rss_mb": max(record.get("device_peak_mb", 0.0) for record in records),
         "refused": last["refused"],
+        **_virtual(records, config),
     }
+
+
+def _virtual(records: list[dict[str, Any]], config: RunConfig) -> dict[str, float]:
+    """What the rounds took on the devices' own clock, and how long devices waited in all; only where there is one."""
+    if not config.fleet.profiles:
+        return {}
+    keys = {"virtual_seconds": "slowest_seconds", "idle_seconds": "idle_seconds"}
+    return {name: sum(record.get(key, 0.0) for record in records) for name, key in keys.items()}
 
 
 def _devices(record: Mapping[str, Any]) -> list[dict[str, float]]:

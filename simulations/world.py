@@ -67,7 +67,7 @@ def pretend_app(config: RunConfig, work: Path) -> ClientApp:
     """A ClientApp whose nodes are the recipe's devices, by partition id."""
     world = World(config, work)
 
-    def open_device(context: Context) -> Device:
+    def open_device(context: Context) -> Handler:
         return world.device(int(context.node_config["partition-id"]))
 
     return client_app(open_device)

@@ -33,6 +33,7 @@ from fedloom.protocols.seeds import derive_seed
 Floats = NDArray[np.float64]
 Need = Callable[[float, int], float]  # bytes that (ratio, rank) takes; falls with the ratio, grows with the rank
 
+ARRAYS: Final = ("leaves", "rounds", "ratios", "ranks", "rewards")  # of a state
 FORGET: Final = 1e-6  # arms of less weight than this are dropped
 _STEPS: Final = 40  # bisections for the least ratio that fits
 
@@ -72,7 +73,7 @@ class BanditState:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The arrays, for a checkpoint."""
-        return {name: getattr(self, name) for name in ("leaves", "rounds", "ratios", "ranks", "rewards")}
+        return {name: getattr(self, name) for name in ARRAYS}
 
     def meta(self) -> dict[str, Any]:
         """The rest, JSON-able."""

@@ -67,7 +67,7 @@ class Strategy(Protocol):
         ...
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
-        """One training task per device."""
+        """One training task per device; none for one that has run out of memory at all that it could be asked."""
         ...
 
     def plan_evaluation(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:

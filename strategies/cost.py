@@ -198,7 +198,8 @@ def _check(shapes: Shapes, work: Work) -> None:
     for module, rank in work.ranks.items():
         if module not in shapes.linears:
             raise ValueError(f"ranks must name linear layers of the model, got {module!r}")
-        largest = min(shapes.linears[module].d_out, shapes.linears[module].d_in)
+        linear = shapes.linears[module]
+        largest = min(shapes.hidden, max(linear.d_out, linear.d_in))  # a pruned one keeps the rank it was asked for
         if not 0 <= rank <= largest:
             raise ValueError(f"a rank must be in 0..{largest} for {module}, got {rank}")
 

@@ -6,8 +6,10 @@ and how much each module's gradient matters is measured on the way. From then on
 knapsack (knapsack.py) over cost.py's predictions:
 
     maximise  q(bits) sum_m score_m gain(r_m)       gain(r) = 1 - 2^(-r / half),  r_m in {0, ranks}
-    subject to  memory(ranks, batch, bits) <= M_i,  seconds(ranks, batch, bits) <= pace x median warm-up of the fleet
+    subject to  memory(ranks, batch, bits) <= M_i,  seconds(ranks, batch, bits) <= pace x T_i
     score_m = EMA of |<W, g_W>| summed over the module, through its adapter's gradients
+    T_i     = seconds of a warm-up: the fleet's median, or the device's own where it is slower (no allocation makes the
+              frozen base faster, so nothing would be within the median)
 
 Adapters are averaged per module over the devices that have it (masked.py), by the default strategy. The concave gain
 and the worth q of bits are ours; FedPipe's are not published.
@@ -15,6 +17,7 @@ and the worth q of bits are ours; FedPipe's are not published.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,9 +36,12 @@ from fedloom.strategies.fedloom import Fedloom
 from fedloom.strategies.knapsack import Choice, Setting, solve_settings
 from fedloom.strategies.packing import spec_of
 from fedloom.strategies.server_optimizer import MergeOptions, refuse_elementwise
-from fedloom.strategies.unequal import BITS, FLOPS, MEASURE, NEED, SCORE, Seen, noted, shapes_of
+from fedloom.strategies.unequal import BITS, FLOPS, MEASURE, NEED, SCORE, Seen, most_rank, noted, shapes_of, told_shapes
+
+log = logging.getLogger(__name__)
 
 STATES = 2000  # of the knapsack: its answer is exact, or proven to be as near as it says
+SHORTEST = 1e-9  # seconds of a task: what a device may say, and a rate stays finite
 MARGIN = 0.05  # share of the memory that ran out which is left free from then on
 
 
@@ -61,7 +67,8 @@ class FedPipe(MergeOptions):
     worth_4: float = field(default=0.95, metadata={"doc": "Worth of an update from a 4-bit base, of 1."})
     half: float = field(default=8.0, metadata={"doc": "Rank that gives a module half of what an adapter can."})
     pace: float = field(
-        default=1.0, metadata={"doc": "Time a device may take, as a multiple of the fleet's median warm-up; 0: any."}
+        default=1.0,
+        metadata={"doc": "Time a device may take, of the fleet's median warm-up, or of its own if slower; 0: any."},
     )
     warmup_rank: int = field(default=4, metadata={"doc": "Rank of every module in a device's warm-up."})
     rank_cap: int = field(default=16, metadata={"doc": "Largest rank of a round's delta for each matrix."})
@@ -87,15 +94,18 @@ class FedPipe(MergeOptions):
         """An empty patch, and nothing known of any device.
 
         Raises:
-            ValueError: for a model whose shapes the devices do not tell.
+            ValueError: for a model whose shapes the devices do not tell, or that do not have its matrices.
         """
         if spec.shapes is None:
             raise ValueError("fedpipe must be told the model's shapes: set model.describe = 'shapes'")
+        told_shapes(spec)
         state = self._merge().init(spec, seed, devices)
         return replace(state, meta={**state.meta, "pipes": {}})
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """A warm-up for each device that is new, and its allocation for one that is known.
+
+        A device that ran out of memory at less than it said it lends, until nothing is left, gets no task.
 
         Raises:
             ValueError: for a device that nothing fits, with its name and the smallest need.
@@ -104,7 +114,13 @@ class FedPipe(MergeOptions):
         tasks = []
         for report in devices:
             known = state.meta["pipes"].get(report.device, {})
-            chosen = self.allocate(state, report)
+            try:
+                chosen = self.allocate(state, report)
+            except ValueError as error:
+                if "bound" not in known:
+                    raise
+                log.warning("it is left out: %s", error)
+                continue
             knobs: dict[str, float | int | str] = {
                 "batch_size": chosen.batch,
                 "accumulate": self._accumulate(chosen.batch),
@@ -135,7 +151,9 @@ class FedPipe(MergeOptions):
             ValueError: when nothing fits it, with its name and the smallest need.
         """
         known = state.meta["pipes"].get(report.device, {})
-        lent = min(float(report.memory) or math.inf, known.get("bound") or math.inf)
+        if report.rank < 1:
+            raise ValueError(f"the rank of {report.device} must be >= 1, got {report.rank}")
+        lent = min(float(report.memory) or math.inf, known.get("bound", math.inf))
         if "scores" not in known:
             return self._warm_up(state, report, lent)
         return self._solve(state, report, known, lent)
@@ -151,7 +169,7 @@ class FedPipe(MergeOptions):
         spec, seen = spec_of(state), list[Seen]()
         sound = noted(updates, spec, seen)
         first = next(sound, None)
-        merged = state if first is None else self._merge().aggregate(state, chain([first], sound))
+        merged = self._merge().aggregate(state, chain([first] if first else [], sound)) if first or not seen else state
         pipes: dict[str, Any] = dict(state.meta["pipes"])
         for one in seen:
             pipes[one.device] = _learned(pipes.get(one.device, {}), one, spec)
@@ -205,33 +223,53 @@ class FedPipe(MergeOptions):
         )
 
     def _warm_up(self, state: State, report: DeviceReport, lent: float) -> Allocation:
-        """Every module at the warm-up's rank: the largest batch, then the most bits, that fit; of rank 1 if need be."""
-        shapes, modules = shapes_of(state), spec_of(state).matrices
-        smallest = math.inf
-        for rank in dict.fromkeys((min(self.warmup_rank, report.rank), 1)):
+        """Every module at the warm-up's rank: the most bits, then the largest batch, that fit; of rank 1 if need be."""
+        spec, smallest = spec_of(state), math.inf
+        shapes, modules = told_shapes(spec), sorted(spec.matrices)
+        for rank in dict.fromkeys((min(self.warmup_rank, most_rank(report, spec)), 1)):
             for bits in sorted(self.bits, reverse=True):
                 for batch in self._batches():
                     found = self._allocation(shapes, dict.fromkeys(modules, rank), batch, bits)
                     smallest = min(smallest, found.memory)
                     if found.memory <= lent:
                         return found
-        raise ValueError(
-            f"nothing fits device {report.device}: the smallest need is {smallest:.0f} bytes, its memory is {lent:.0f}"
-        )
+        raise _nothing_fits(report, smallest, lent)
 
     def _solve(self, state: State, report: DeviceReport, known: Mapping[str, Any], lent: float) -> Allocation:
-        shapes, modules = shapes_of(state), list(spec_of(state).matrices)
-        options = [0, *(rank for rank in self.ranks if rank <= report.rank)]
+        spec = spec_of(state)
+        shapes, modules, most = told_shapes(spec), sorted(spec.matrices), most_rank(report, spec)
+        options = [0, *([rank for rank in self.ranks if rank <= most] or [most])]
         pairs = [(batch, bits) for bits in sorted(self.bits, reverse=True) for batch in self._batches()]
         settings = [self._setting(shapes, modules, options, known, batch, bits) for batch, bits in pairs]
+        ranks: dict[str, int] = {}
         try:
-            at, answer = solve_settings(settings, min(lent, 2.0**62), self._seconds(state), max_states=STATES)
+            at, answer = solve_settings(settings, min(lent, 2.0**62), self._seconds(state, known), max_states=STATES)
+            ranks = {name: options[to] for name, to in zip(modules, answer.indices, strict=True) if options[to]}
         except ValueError as error:
-            raise ValueError(f"nothing fits device {report.device}: {error}") from None
-        ranks = {name: options[choice] for name, choice in zip(modules, answer.indices, strict=True) if options[choice]}
-        if not ranks:  # there is room for no adapter that is worth anything: the best module alone, at the least rank
-            ranks = {modules[int(np.argmax(known["scores"]))]: options[1] if len(options) > 1 else 1}
-        return self._allocation(shapes, ranks, *pairs[at])
+            log.info("%s gets the least: %s", report.device, error)
+        if ranks:
+            return self._allocation(shapes, ranks, *pairs[at])
+        best = sorted(modules, key=lambda name: -known["scores"].get(name, 0.0))
+        return self._least(shapes, report, best, pairs, options[1], lent)
+
+    def _least(
+        self,
+        shapes: Shapes,
+        report: DeviceReport,
+        modules: Sequence[str],
+        pairs: Sequence[tuple[int, int]],
+        rank: int,
+        lent: float,
+    ) -> Allocation:
+        """One module alone: the most bits, then the largest batch, then the best module, that fit."""
+        smallest = math.inf
+        for batch, bits in pairs:
+            for name in modules:
+                found = self._allocation(shapes, {name: rank}, batch, bits)
+                smallest = min(smallest, found.memory)
+                if found.memory <= lent:
+                    return found
+        raise _nothing_fits(report, smallest, lent)
 
     def _setting(
         self,
@@ -246,9 +284,10 @@ class FedPipe(MergeOptions):
         passes, rate = self._passes(batch), float(known["rate"])
         bare = self._step(shapes, {}, batch, bits)
         worth = {16: 1.0, 8: self.worth_8, 4: self.worth_4}[bits]
-        total = sum(known["scores"]) or 1.0
+        total = sum(known["scores"].values()) or 1.0
         groups = []
-        for name, score in zip(modules, known["scores"], strict=True):
+        for name in modules:
+            score = known["scores"].get(name, 0.0)
             groups.append(
                 [
                     Choice(
@@ -261,26 +300,32 @@ class FedPipe(MergeOptions):
             )
         return Setting(groups=groups, memory=fixed(shapes, bare), seconds=passes * flops(shapes, bare) / rate)
 
-    def _seconds(self, state: State) -> float | None:
-        """How long a device may take: a multiple of what a device of median speed takes for a warm-up."""
+    def _seconds(self, state: State, known: Mapping[str, Any]) -> float | None:
+        """How long a device may take: `pace` of a warm-up at the fleet's median speed, or at its own where slower."""
         rates = [pipe["rate"] for pipe in state.meta["pipes"].values() if "rate" in pipe]
         if not self.pace or not rates:
             return None
         shapes = shapes_of(state)
         ranks = dict.fromkeys(spec_of(state).matrices, self.warmup_rank)
-        return self.pace * self._allocation(shapes, ranks, self.work.batch, 16).flops / float(np.median(rates))
+        slower = min(float(np.median(rates)), float(known["rate"]))
+        return self.pace * self._allocation(shapes, ranks, self.work.batch, 16).flops / slower
+
+
+def _nothing_fits(report: DeviceReport, smallest: float, lent: float) -> ValueError:
+    need = f"the smallest need is {smallest:.0f} bytes, its memory is {lent:.0f}"
+    return ValueError(f"nothing fits device {report.device}: {need}")
 
 
 def _learned(known: Mapping[str, Any], one: Seen, spec: ModelSpec) -> dict[str, Any]:
     """What is known of a device after its answer."""
     need = one.measured.get(NEED, 0.0)
     if one.out_of_memory:
-        bound = min(known.get("bound") or math.inf, need * (1 - MARGIN))
+        bound = min(known.get("bound", math.inf), need * (1 - MARGIN))
         return {**known, "bound": bound}
     learned = {**known, "bits": int(one.measured.get(BITS, 16.0))}
-    if one.measured.get(FLOPS) and one.seconds > 0:
-        learned["rate"] = one.measured[FLOPS] / one.seconds
-    scores = [one.measured.get(SCORE + name, 0.0) for name in spec.matrices]
-    if "scores" not in known and any(score > 0 for score in scores):
-        learned["scores"] = [max(score, 0.0) for score in scores]
+    if one.measured.get(FLOPS):
+        learned["rate"] = one.measured[FLOPS] / max(one.seconds, SHORTEST)
+    scores = {name: max(one.measured.get(SCORE + name, 0.0), 0.0) for name in sorted(spec.matrices)}
+    if "scores" not in known and "rate" in learned and any(scores.values()):
+        learned["scores"] = scores  # by name: a checkpoint does not keep the order of a spec's matrices
     return learned

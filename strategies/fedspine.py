@@ -17,8 +17,9 @@ Legend: t rounds, i devices; drop: what a round's tuning took off the loss of th
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
@@ -26,17 +27,28 @@ from typing import Literal
 import numpy as np
 
 from fedloom.protocols.messages import DeviceReport, ModelSpec, Patch, Payload, Start, Task, Update
-from fedloom.protocols.shapes import Shapes
 from fedloom.strategies import planning
 from fedloom.strategies.bandit import Arm, Box, DiscountedUCB, FixedArm, Limits, Policy, RandomArm
 from fedloom.strategies.bandit_reward import Reward
 from fedloom.strategies.base import State, Workload
-from fedloom.strategies.cost import memory
+from fedloom.strategies.cost import fixed, marginal
 from fedloom.strategies.fedloom import Fedloom
 from fedloom.strategies.packing import prefixed, spec_of, under
 from fedloom.strategies.server_optimizer import MergeOptions, refuse_elementwise
-from fedloom.strategies.sparsity import cubic, most_ratio, narrowed
-from fedloom.strategies.unequal import Seen, Standing, noted, shapes_of, standing_of, standing_table, standing_tensors
+from fedloom.strategies.sparsity import cubic, most_ratio, narrowed, removed
+from fedloom.strategies.unequal import (
+    Seen,
+    Standing,
+    most_rank,
+    noted,
+    shapes_of,
+    standing_of,
+    standing_table,
+    standing_tensors,
+    told_shapes,
+)
+
+log = logging.getLogger(__name__)
 
 TARGET_RATIO = "prune_ratio"  # the knob that tells a device how far to prune
 
@@ -84,7 +96,7 @@ class FedSpine(MergeOptions):
         """
         if not spec.groups or spec.shapes is None:
             raise ValueError('fedspine must be given a model that can be pruned: set model.describe = "units"')
-        if self.target > (most := most_ratio(spec.shapes)):
+        if self.target > (most := most_ratio(told_shapes(spec))):
             raise ValueError(f"target must be <= {most:.3f} for this model (some layers are spared), got {self.target}")
         state = self._merge().init(spec, seed, devices)
         return replace(state, meta={**state.meta, "seed": seed, "standings": {}})
@@ -92,14 +104,23 @@ class FedSpine(MergeOptions):
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
         """Each device prunes to its arm's ratio and trains at its rank, on base and patch, from B = 0.
 
+        A device that ran out of memory at less than it said it lends, until no arm is left, gets no task.
+
         Raises:
             ValueError: for a device that no arm fits, with its name and the smallest need.
         """
         spec, held = spec_of(state), planning.patches(state, devices)
-        tasks = []
+        tasks, need = [], self._needs(spec)
         for report in devices:
             standing = self._standing(state, report.device)
-            arm = self._policy().choose(standing.bandit, round, self._limits(state, report, standing, round))
+            limits = self._limits(need, most_rank(report, spec), report, standing, round)
+            try:
+                arm = self._policy().choose(standing.bandit, round, limits)
+            except ValueError as error:
+                if need(self.target, 1) < standing.bandit.memory_bound:
+                    raise
+                log.warning("it is left out: %s", error)
+                continue
             tasks.append(
                 planning.training_task(
                     report,
@@ -119,13 +140,13 @@ class FedSpine(MergeOptions):
         """Base and patch on every device, pruned as it stands, and at least as far as all must be by now."""
         spec = spec_of(state)
         tasks = planning.patch_evaluation(state, devices, round, self.scaling)
-        floor = self._floor(round)
+        floor = min(self._floor(round), most_ratio(shapes_of(state)))
         standings = [self._standing(state, task.device) for task in tasks]
         return [
             replace(
                 task,
                 start=Payload(keep=standing.allowed(spec)),
-                knobs={TARGET_RATIO: max(standing.ratio, min(floor, most_ratio(shapes_of(state))))},
+                knobs={TARGET_RATIO: max(standing.ratio, floor)},
             )
             for task, standing in zip(tasks, standings, strict=True)
         ]
@@ -137,13 +158,14 @@ class FedSpine(MergeOptions):
         for it again.
         """
         spec, seen = spec_of(state), list[Seen]()
+        need = self._needs(spec)
         sound = noted(updates, spec, seen)
         first = next(sound, None)
-        merged = state if first is None else self._merge().aggregate(state, chain([first], sound))
+        merged = self._merge().aggregate(state, chain([first] if first else [], sound)) if first or not seen else state
         standings, tensors = dict(state.meta["standings"]), dict(merged.tensors)
         tensors |= prefixed("standing", under("standing", state.tensors))
         for one, reward in zip(seen, self._rewards(seen), strict=True):
-            standing = self._learned(state, one, reward)
+            standing = self._learned(state, one, reward, need)
             standings[one.device] = standing_table(standing)
             tensors |= standing_tensors(standing, spec)
         return replace(merged, tensors=tensors, meta={**merged.meta, "standings": standings})
@@ -156,10 +178,30 @@ class FedSpine(MergeOptions):
         """The whole patch; which units a device does without is its own business."""
         return self._merge().adapter(state)
 
-    def need(self, shapes: Shapes, ratio: float, rank: int) -> int:
-        """Predicted peak bytes of a training step at an arm."""
-        wanted = self.work.step(dict.fromkeys(shapes.linears, rank), causal=not shapes.head)
-        return memory(narrowed(shapes, ratio), wanted).total
+    def need(self, spec: ModelSpec, ratio: float, rank: int) -> int:
+        """Predicted peak bytes of a training step at an arm, whichever units go; a rank may exceed a pruned side.
+
+        What every linear layer's input would keep is counted: where the lowest layers have no adapter, what a device
+        saves by pruning them depends on its choice.
+        """
+        return self._needs(spec)(ratio, rank)
+
+    def _needs(self, spec: ModelSpec) -> Callable[[float, int], int]:
+        """`need` of one model: worked out once for each number of units that go, and affine in the rank."""
+        shapes = told_shapes(spec)
+        step, blocks = self.work.step({}, causal=not shapes.head), shapes.blocks
+        totals = sum(block.kv_heads for block in blocks), sum(block.ffn for block in blocks)
+        known: dict[tuple[int, int], tuple[int, int]] = {}
+
+        def need(ratio: float, rank: int) -> int:
+            gone = removed(ratio, totals[0]), removed(ratio, totals[1])
+            if gone not in known:
+                small = narrowed(shapes, ratio)
+                known[gone] = fixed(small, step), sum(marginal(small, step, name, 1) for name in spec.matrices)
+            base, each = known[gone]
+            return base + rank * each
+
+        return need
 
     def _merge(self) -> Fedloom:
         return Fedloom(
@@ -199,31 +241,32 @@ class FedSpine(MergeOptions):
     def _floor(self, round: int) -> float:
         return self.target * min(round / self.ramp, 1.0) ** 3
 
-    def _limits(self, state: State, report: DeviceReport, standing: Standing, round: int) -> Limits:
-        shapes = shapes_of(state)
+    def _limits(
+        self, need: Callable[[float, int], int], rank: int, report: DeviceReport, standing: Standing, round: int
+    ) -> Limits:
         fast = cubic(round, self.ramp, self.target)
         floor = max(standing.ratio, self._floor(round))
         lent = float(report.memory) if report.memory else math.inf
         ceiling = max(fast, floor)
-        if self.need(shapes, ceiling, 1) > lent or self.need(shapes, ceiling, 1) >= standing.bandit.memory_bound:
+        least = need(ceiling, 1)
+        if least > lent or least >= standing.bandit.memory_bound:
             ceiling = self.target  # what does not fit otherwise is pruned sooner
         return Limits(
-            need=lambda ratio, rank: float(self.need(shapes, ratio, rank)),
+            need=need,
             memory=lent,
             ratio_floor=floor,
             ratio_ceiling=ceiling,
-            rank_ceiling=min(report.rank, self.max_rank),
+            rank_ceiling=min(rank, self.max_rank),
         )
 
     def _standing(self, state: State, device: str) -> Standing:
         known = standing_of(state, device)
         return known or Standing(bandit=self._policy().init(device, int(state.meta["seed"])))
 
-    def _learned(self, state: State, one: Seen, reward: float) -> Standing:
+    def _learned(self, state: State, one: Seen, reward: float, need: Callable[[float, int], int]) -> Standing:
         standing = self._standing(state, one.device)
-        shapes = shapes_of(state)
         ratio = min(one.ratio, self.target)
-        arm = Arm(ratio=ratio, rank=one.rank, need=float(self.need(shapes, ratio, one.rank)))
+        arm = Arm(ratio=ratio, rank=one.rank, need=float(need(ratio, one.rank)))
         bandit = self._policy().observe(standing.bandit, one.round, arm, reward, out_of_memory=one.out_of_memory)
         if one.out_of_memory:
             return replace(standing, bandit=bandit)

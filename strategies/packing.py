@@ -30,7 +30,8 @@ def spec_to_meta(spec: ModelSpec) -> dict[str, Any]:
         axes = {name: [_axis_table(matrix.rows), _axis_table(matrix.columns)] for name, matrix in spec.matrices.items()}
         table |= {"groups": dict(spec.groups), "axes": {name: pair for name, pair in axes.items() if any(pair)}}
     if spec.shapes is not None:
-        table["shapes"] = asdict(spec.shapes)
+        shapes = asdict(spec.shapes)
+        table["shapes"] = shapes | {"blocks": list(shapes["blocks"])}  # as JSON gives it back
     return table
 
 

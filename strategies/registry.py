@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -88,6 +88,8 @@ def build(name: str, options: Mapping[str, Any], scaling: Scaling, work: Workloa
     if work is not None and "work" in hints:
         values["work"] = work
     for option, value in options.items():
+        if isinstance(value, list) and get_origin(hints[option]) is tuple:  # TOML has lists alone
+            value = tuple(value)
         try:
             values[option] = TypeAdapter(hints[option]).validate_python(value, strict=True)
         except ValidationError as error:

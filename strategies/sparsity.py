@@ -69,7 +69,7 @@ def narrowed(shapes: Shapes, ratio: float) -> Shapes:
 
 
 def _spread(units: list[int], free: list[int], ratio: float) -> list[int]:
-    """What each layer keeps: as even a share of the free layers as whole units allow, the earlier ones losing more."""
+    """What each layer keeps: as even a share of the free layers as whole units allow, the later ones losing more."""
     left = list(units)
     if max(units) == 1:  # a single key-value head, which stays
         return left
@@ -105,4 +105,4 @@ def most_ratio(shapes: Shapes) -> float:
         if max(units) == 1:
             continue
         shares.append(sum(count - 1 for at, count in enumerate(units) if at not in spared) / sum(units))
-    return min(shares)
+    return min(shares, default=0.0)

@@ -1,6 +1,6 @@
 """What a server remembers of each device that it treats unlike the others: its bandit, and the units that it keeps.
 
-    standing/<device>/keep                                     packed bits, group by group in the spec's order, uint8
+    standing/<device>/keep                                     packed bits, group by group in the order of names, uint8
     standing/<device>/{leaves,rounds,ratios,ranks,rewards}     the bandit's arrays
 
 The server's memory grows with the number of devices by these alone: a bit a unit, and a hundred arms or so.
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.protocols.messages import Array, ModelSpec, Update
+from fedloom.protocols.messages import Array, DeviceReport, ModelSpec, Update
 from fedloom.protocols.shapes import Shapes
-from fedloom.strategies.bandit import BanditState
+from fedloom.strategies.bandit import ARRAYS, BanditState
 from fedloom.strategies.base import State
 from fedloom.strategies.masked import Bits, Keep
-from fedloom.strategies.packing import spec_from_meta, spec_of, under
+from fedloom.strategies.packing import spec_of
 from fedloom.strategies.sparsity import pruned_share
 
 RATIO, RANK, DROP = "ratio", "rank", "drop"  # metrics of an update: what its device did, and what the loss fell by
@@ -79,6 +79,27 @@ def noted(updates: Iterable[Update], spec: ModelSpec, seen: list[Seen]) -> Itera
             yield update
 
 
+def told_shapes(spec: ModelSpec) -> Shapes:
+    """The model's shapes, in which every adapted matrix is found.
+
+    Raises:
+        ValueError: for a model without shapes, or with shapes that do not have its matrices.
+    """
+    if spec.shapes is None:
+        raise ValueError("a model must have shapes for its costs to be known, got none")
+    for name, matrix in spec.matrices.items():
+        linear = spec.shapes.linears.get(name)
+        if linear is None or (linear.d_out, linear.d_in) != (matrix.d_out, matrix.d_in):
+            got = "none" if linear is None else f"{linear.d_out} x {linear.d_in}"
+            raise ValueError(f"shapes must have {name} at {matrix.d_out} x {matrix.d_in}, got {got}")
+    return spec.shapes
+
+
+def most_rank(report: DeviceReport, spec: ModelSpec) -> int:
+    """The largest rank that a device can train and that every adapted matrix has."""
+    return min(report.rank, *(min(matrix.d_out, matrix.d_in) for matrix in spec.matrices.values()))
+
+
 def shapes_of(state: State) -> Shapes:
     """The model's shapes, which strategies that plan by memory ask for at `init`."""
     shapes = spec_of(state).shapes
@@ -92,21 +113,22 @@ def standing_of(state: State, device: str) -> Standing | None:
     table = state.meta["standings"].get(device)
     if table is None:
         return None
-    tensors = under(f"standing/{device}", state.tensors)
-    spec = spec_from_meta(state.meta["spec"])
-    bits = np.unpackbits(tensors.pop("keep").astype(np.uint8)).astype(np.bool_)  # type: ignore[arg-type]
+    start = f"standing/{device}"  # whole names from here on: a device's own may have a slash
+    arrays: Any = {name: state.tensors[f"{start}/{name}"] for name in ("keep", *ARRAYS)}
+    spec = spec_of(state)
+    bits = np.unpackbits(arrays.pop("keep")).astype(np.bool_)
     keep, at = {}, 0
     if table["pruned"]:
-        for group, units in spec.groups.items():
-            keep[group] = bits[at : at + units]
-            at += units
-    return Standing(bandit=BanditState.restore(tensors, table["bandit"]), keep=keep, ratio=table["ratio"])
+        for group in sorted(spec.groups):
+            keep[group] = bits[at : at + spec.groups[group]]
+            at += spec.groups[group]
+    return Standing(bandit=BanditState.restore(arrays, table["bandit"]), keep=keep, ratio=table["ratio"])
 
 
 def standing_tensors(standing: Standing, spec: ModelSpec) -> dict[str, Array]:
     """A standing's tensors, by full name."""
     device = standing.bandit.device
-    whole = np.concatenate([standing.allowed(spec)[group] for group in spec.groups])
+    whole = np.concatenate([bits for _, bits in sorted(standing.allowed(spec).items(), key=lambda pair: pair[0])])
     tensors: dict[str, Any] = {"keep": np.packbits(whole), **standing.bandit.tensors()}
     return {f"standing/{device}/{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
 

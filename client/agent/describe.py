@@ -19,6 +19,10 @@ def describe_update(update: Update, wire: str) -> dict[str, Any]:
         what |= {"tensors": tensors, "dtype": wire}
     if payload.scalars is not None:
         what |= {"scalars": len(payload.scalars.values), "of": str(payload.scalars.over), "k": payload.scalars.k}
+    if payload.keep:
+        what |= {"kept": {group: [int(bits.sum()), len(bits)] for group, bits in payload.keep.items()}}
+    if update.cost.out_of_memory:
+        what |= {"out_of_memory": True}
     return what
 
 
@@ -32,4 +36,5 @@ def describe_hello(hello: Hello) -> dict[str, Any]:
         "capabilities": list(report.capabilities),
         "software": report.software,
         "base": hello.spec.base_hash,
+        **({"memory": report.memory} if report.memory else {}),
     }

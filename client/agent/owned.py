@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
 from fedloom.client.agent.accept import check_base
 from fedloom.client.agent.home import Home
+from fedloom.client.agent.machine import resident_bytes
+from fedloom.client.cost import held
 from fedloom.client.data import Example
 from fedloom.client.device import Device
 from fedloom.client.model import load_model
@@ -38,6 +41,7 @@ def own_device(settings: DeviceSettings, home: Home) -> tuple[Device, str]:
         eval_config=settings.eval,
         capability=settings.capability,
         limit=settings.limit,
+        memory=lent_memory(settings.rules.max_memory_mb * 10**6, sum(tensor.nbytes for tensor in held(resident))),
     )
     device.prepare()
     identity = hashlib.blake2b(resident.spec.base_hash.encode(), digest_size=16)
@@ -46,6 +50,18 @@ def own_device(settings: DeviceSettings, home: Home) -> tuple[Device, str]:
     for example in (*train, *test):
         identity.update(repr(astuple(example)).encode())
     return device, identity.hexdigest()
+
+
+def lent_memory(limit: int, held_now: int) -> int:
+    """Bytes for tensors that a device tells a server of, who plans by them: its limit, less what the process takes.
+
+    Args:
+        limit: of the whole process, in bytes; 0 sets none, and then nothing is told.
+        held_now: bytes of the tensors in memory; the rest of the process is the interpreter and its libraries.
+    """
+    if not limit:
+        return 0
+    return max(limit - max(resident_bytes(os.getpid()) - held_now, 0), 1)
 
 
 def own_examples(settings: DeviceSettings) -> tuple[list[Example], list[Example]]:

@@ -21,13 +21,14 @@ from typing import Any, Final
 
 import torch
 
+from fedloom.client.adjusting import adjusts, surrendered
 from fedloom.client.agent.accept import check_task
 from fedloom.client.agent.describe import describe_hello, describe_update
 from fedloom.client.agent.home import Home
 from fedloom.client.agent.limits import memory_wall
 from fedloom.client.agent.owned import own_device
 from fedloom.client.agent.pipe import Pipe
-from fedloom.client.device import Device
+from fedloom.client.device import Device, NoRoom
 from fedloom.client.memory import peak_rss
 from fedloom.client.progress import Stopped, watching
 from fedloom.client.settings import DeviceSettings
@@ -92,13 +93,17 @@ class Worker:
             with watching(self._watch(number)), memory_wall(self._wall):
                 update = self._device.handle(task)
             if self._wall and peak_rss() > self._wall:
-                raise ValueError(f"the task took {peak_rss() / 1e6:.0f} MB, {self._allowed()}")
+                if not adjusts(task):
+                    raise ValueError(f"the task took {peak_rss() / 1e6:.0f} MB, {self._allowed()}")
+                update = surrendered(update, task)
             answer = encode(update, wire=task.wire, seed=task.seed)
             held = [task.run, self._device.version(task.run)]
             about = describe_update(update, task.wire)
             self._pipe.send({"number": number, "say": "done", "about": about, "held": held}, answer)
         except Stopped:
             self._refuse(number, "stopped")
+        except NoRoom as error:
+            self._refuse(number, f"{error}, {self._allowed()}")
         except ValueError as error:
             self._refuse(number, str(error), version=getattr(error, "version", None))
         except OSError as error:

@@ -3,7 +3,10 @@
     S_j = var(X_j) ||W_:j||^2                   of each input j of an output or down projection, over calibration tokens
     bias = W_:P mean(X_P)                       what the pruned inputs P add on average
 
-S is averaged over a unit's inputs and standardised within its group, so that layers can be ranked together.
+S is averaged over a unit's inputs; the root of that is divided by its mean over the group, so that layers can be ranked
+together. The paper subtracts the mean of S and divides by its deviation: where a few units of a layer stand out, the
+others all lie near zero, and none of that layer goes while another layer loses half of its own. Pruning 20% of the
+embedded model gives a loss of 1.95 that way (1.05 after 16 steps of tuning), and of 1.78 (0.94) this way.
 Legend: X [tokens, d_in] what a sink reads, W [d_out, d_in] with its adapter.
 """
 
@@ -97,14 +100,14 @@ def calibrate(resident: Resident, batches: Iterable[Batch]) -> dict[str, Moments
 
 
 def fluctuation_scores(resident: Resident, moments: Mapping[str, Moments]) -> dict[str, NDArray[np.float64]]:
-    """S by group, [units], standardised."""
+    """The root of S by group, [units], divided by its mean."""
     structure, layers = _structure(resident), linears(resident.model)
     found = {}
     for name, group in structure.groups.items():
         norms = effective(layers[group.sink]).square().sum(0, dtype=torch.float64)
         entries = (moments[group.sink].variance() * norms).cpu().numpy()
-        units = by_unit(entries, group.columns) / group.columns.width
-        found[name] = (units - units.mean()) / max(float(units.std()), np.finfo(np.float64).tiny)
+        units = np.sqrt(by_unit(entries, group.columns) / group.columns.width)
+        found[name] = units / max(float(units.mean()), np.finfo(np.float64).tiny)
     return found
 
 

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedloom.client.bits import quantised
 from fedloom.client.lora import ADAPTER, Adapters
-from fedloom.client.pruning.cut import logical
+from fedloom.client.pruning.cut import logical, plain
 from fedloom.client.pruning.narrowing import Prunable
 from fedloom.protocols.messages import Axis
 
@@ -64,13 +65,15 @@ class Importance:
     def _measure(self, adapters: Adapters) -> dict[str, NDArray[np.float64]]:
         """[kept units] by group."""
         found = {}
+        measured: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         for name, group in self.prunable.structure.groups.items():
             sides = [(source, axis, 0) for source, axis in group.sources.items()] + [(group.sink, group.columns, 1)]
-            parts = [
-                by_unit(entry_scores(adapters.layers[module])[side], axis)
-                for module, axis, side in sides
-                if module in adapters.layers
-            ]
+            parts = []
+            for module, axis, side in sides:
+                if module in adapters.layers:
+                    if module not in measured:  # a module may be the sink of one group and a source of another
+                        measured[module] = entry_scores(adapters.layers[module])
+                    parts.append(by_unit(measured[module][side], axis))
             if not parts:
                 raise ValueError(f"a group to prune must have an adapted module, {name} has none")
             found[name] = np.mean([part / part.mean() if part.mean() > 0 else part for part in parts], axis=0)
@@ -92,15 +95,16 @@ def entry_scores(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     with torch.no_grad():
         grad_a = torch.zeros_like(a) if a.grad is None else a.grad
         left, right = torch.cat([b.grad, b], 1), torch.cat([a - grad_a, grad_a])
-        weight = logical(layer)
+        codes = quantised(plain(layer))
+        weight = codes.logical() if codes else logical(layer)
         rows, columns = [], torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
         step = max(CHUNK // weight.shape[1], 1)
         for at in range(0, weight.shape[0], step):
             part = torch.addmm(weight[at : at + step].float(), b[at : at + step], a, alpha=scale)
             part.mul_(left[at : at + step] @ right).abs_()
-            rows.append(part.sum(1, dtype=torch.float64))
-            columns += part.sum(0, dtype=torch.float64)
-    return torch.cat(rows).cpu().numpy(), columns.cpu().numpy()
+            rows.append(part.sum(1))  # float32: a tenth of the time, and nothing cancels
+            columns += part.sum(0)
+    return torch.cat(rows).double().cpu().numpy(), columns.cpu().numpy()
 
 
 def by_unit(values: NDArray[np.float64] | Tensor, axis: Axis) -> NDArray[np.float64]:

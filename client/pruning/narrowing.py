@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.lora import ADAPTER
+from fedloom.client.mapped import set_aside
 from fedloom.client.pruning.cut import linears, plain
 from fedloom.client.pruning.proof import set_attributes
 from fedloom.client.pruning.structure import Structure, kept, whole
-from fedloom.client.rebuilt import set_aside
 from fedloom.protocols.messages import Axis
 from fedloom.protocols.validate import check_keep
 from fedloom.strategies.masked import Bits, Keep, pruned
@@ -54,7 +54,7 @@ def apply_keep(resident: Resident, keep: Keep, biases: Biases | None = None) -> 
     resident.prunable.apply(keep, biases)
     sizes = pruned(resident.spec, keep).matrices
     resident.adapters.matrices = dict(sizes)
-    resident.base.resize(sizes)
+    resident.base.resize(sizes, resident.prunable.pristine)
 
 
 @dataclass(kw_only=True)
@@ -68,6 +68,7 @@ class Prunable:
     _bare: set[str] = field(default_factory=set)  # sinks that have no bias of their own
     _full: dict[tuple[str, str], int] = field(default_factory=dict)
     _biased: set[str] = field(default_factory=set)
+    _torn: bool = False  # a cut ended midway (out of memory): the next one goes over everything
 
     def __post_init__(self) -> None:
         places = [place for group in self.structure.groups.values() for place in group.attributes]
@@ -77,7 +78,9 @@ class Prunable:
     def is_at(self, keep: Keep) -> bool:
         """Whether the model has this keep, and no biases beside its own."""
         wanted = whole(keep, self.structure.units)
-        return not self._biased and all(np.array_equal(bits, self.keep[name]) for name, bits in wanted.items())
+        return not (self._torn or self._biased) and all(
+            np.array_equal(bits, self.keep[name]) for name, bits in wanted.items()
+        )
 
     @property
     def added_biases(self) -> set[str]:
@@ -86,6 +89,8 @@ class Prunable:
 
     def apply(self, keep: Keep, biases: Biases | None = None) -> None:
         """Cut the model down to `keep`, from W0. To be called with no patch on it.
+
+        One that fails midway leaves a model that the next call makes whole again, its adapters zero.
 
         Args:
             biases: added to the sinks' biases, which are made where there are none.
@@ -97,35 +102,55 @@ class Prunable:
         check_keep("keep", keep, self.structure.units)
         _check_biases(biases, self.structure, self.model)
         wanted = whole(keep, self.structure.units)
-        changed = {name for name, bits in wanted.items() if not np.array_equal(bits, self.keep[name])}
+        changed = {name for name, bits in wanted.items() if self._torn or not np.array_equal(bits, self.keep[name])}
+        sinks = self.structure.columns.keys() if self._torn else self._biased | biases.keys()
         layers = linears(self.model)
+        torn, self._torn = self._torn, True
         rows, columns = self.structure.rows, self.structure.columns
         with torch.no_grad():
             for name in dict.fromkeys((*rows, *columns)):
                 axes = rows.get(name), columns.get(name)
                 if any(axis is not None and axis.group in changed for axis in axes):
-                    self._cut(name, layers[name], axes, wanted)
-            for name in self._biased | biases.keys():
+                    self._cut(name, layers[name], axes, wanted, None if torn else self.keep)
+            for name in sinks:
                 self._set_bias(name, plain(layers[name]), biases.get(name))
         set_attributes(self.model, self.structure.groups, wanted, self._full)
-        self.keep, self._biased = wanted, set(biases)
+        self.keep, self._biased, self._torn = wanted, set(biases), False
 
-    def _cut(self, name: str, layer: Any, axes: tuple[Axis | None, Axis | None], keep: Keep) -> None:
+    def pristine(self, name: str) -> Tensor:
+        """W0 of a module's weight, as far as the model keeps it now; on the CPU, and not to be written to.
+
+        To be called first for a module that no patch is on.
+        """
+        layer = plain(self.model.get_submodule(name))
+        full = self._pristine(name, "weight", layer.weight)
+        axes = self.structure.rows.get(name), self.structure.columns.get(name)
+        return _narrow(full, axes, self.keep, transposed=isinstance(layer, Conv1D))
+
+    def _cut(
+        self, name: str, layer: Any, axes: tuple[Axis | None, Axis | None], keep: Keep, former: Keep | None
+    ) -> None:
         base = plain(layer)
         transposed = isinstance(base, Conv1D)
         full = self._pristine(name, "weight", base.weight)
         d_out, d_in = (full.shape[1], full.shape[0]) if transposed else tuple(full.shape)
         rows, columns = kept(axes[0], d_out, keep), kept(axes[1], d_in, keep)
-        sides = (columns, rows) if transposed else (rows, columns)
-        base.weight.data = _select(_select(full, 0, sides[0]), 1, sides[1]).to(base.weight.device, copy=True)
+        narrow = _narrow(full, axes, keep, transposed=transposed)
+        base.weight.data = narrow.to(base.weight.device, copy=narrow is full)
         if axes[0] is not None and base.bias is not None and name not in self._bare:
             bias = self._pristine(name, "bias", base.bias)
             base.bias.data = _select(bias, 0, rows).to(base.bias.device, copy=True)
-        before = [kept(axis, size, self.keep) for axis, size in zip(axes, (d_out, d_in), strict=True)]
-        _set_sizes(layer, d_out if rows is None else len(rows), d_in if columns is None else len(columns))
-        if layer is not base:
-            _move(layer.lora_B[ADAPTER], 0, d_out, before[0], rows)
-            _move(layer.lora_A[ADAPTER], 1, d_in, before[1], columns)
+        now = (d_out if rows is None else len(rows), d_in if columns is None else len(columns))
+        _set_sizes(layer, *now)
+        if layer is base:
+            return
+        if former is None:
+            _blank(layer.lora_B[ADAPTER], 0, now[0])
+            _blank(layer.lora_A[ADAPTER], 1, now[1])
+            return
+        before = [kept(axis, size, former) for axis, size in zip(axes, (d_out, d_in), strict=True)]
+        _move(layer.lora_B[ADAPTER], 0, d_out, before[0], rows)
+        _move(layer.lora_A[ADAPTER], 1, d_in, before[1], columns)
 
     def _set_bias(self, name: str, base: Any, bias: Tensor | None) -> None:
         """The sink's own bias plus what is given; no bias at all where it has none and none is given."""
@@ -157,6 +182,23 @@ def _check_biases(biases: Biases, structure: Structure, model: nn.Module) -> Non
 
 def _select(values: Tensor, side: int, index: NDArray[np.int64] | None) -> Tensor:
     return values if index is None else values.index_select(side, torch.from_numpy(index))
+
+
+def _narrow(full: Tensor, axes: tuple[Axis | None, Axis | None], keep: Keep, *, transposed: bool) -> Tensor:
+    """The rows and columns of W0 that are kept; `full` itself, which may be a mapped file, where all are."""
+    d_out, d_in = full.shape[::-1] if transposed else full.shape
+    rows, columns = kept(axes[0], d_out, keep), kept(axes[1], d_in, keep)
+    sides = (columns, rows) if transposed else (rows, columns)
+    return _select(_select(full, 0, sides[0]), 1, sides[1])
+
+
+def _blank(linear: Any, side: int, size: int) -> None:
+    """One factor of an adapter, zero, of a new size."""
+    shape = list(linear.weight.shape)
+    shape[side] = size
+    values = torch.zeros(shape, dtype=linear.weight.dtype, device=linear.weight.device)
+    linear.weight = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
+    linear.out_features, linear.in_features = shape
 
 
 def _set_sizes(layer: Any, d_out: int, d_in: int) -> None:

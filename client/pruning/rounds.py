@@ -9,7 +9,7 @@ for the loss. The scores and biases are the device's own state; they never leave
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,15 +23,15 @@ from fedloom.client.pruning.fluctuation import calibrate, fluctuation_scores, re
 from fedloom.client.pruning.importance import Importance, Scores
 from fedloom.client.pruning.narrowing import apply_keep
 from fedloom.client.store import Held
-from fedloom.client.training import forward_logits, loss_sum
-from fedloom.protocols.messages import Array, Payload, Task
+from fedloom.client.training import forward_logits, loss_sum, read_knobs
+from fedloom.protocols.messages import Array, Kind, Payload, Task
 from fedloom.protocols.validate import check_keep
 from fedloom.strategies.masked import Bits, Keep, slice_payload
 from fedloom.strategies.sparsity import pruned_share
 
 KNOB = "prune_ratio"
-CALIBRATION, BATCH = 32, 4  # texts that a start without training looks at, and how many at a time
-PROBE = 16  # texts that tell what a round took off the loss
+CALIBRATION, BATCH = 32, 4  # texts that a start without training looks at, and how many at a time at most
+PROBE = 16  # texts that tell what a round took off the loss, as many at a time
 _SCORES, _BIASES = "importance/", "bias/"
 
 
@@ -91,7 +91,8 @@ def settle(
         scores = memory.scores
         if not scores:
             _cut(resident, {}, {}, held, task)
-            moments = calibrate(resident, _first(examples()))
+            resident.adapters.clear()  # they are another task's
+            moments = calibrate(resident, _first(examples(), CALIBRATION, task))
             keep = choose_keep(structure, fluctuation_scores(resident, moments), ratio, keep=allowed)
             memory = Memory(scores={}, biases=recovery(resident, moments, keep))
         else:
@@ -107,16 +108,22 @@ def measure(resident: Resident, memory: Memory) -> Importance:
     return Importance(prunable=resident.prunable, scores={name: v.copy() for name, v in memory.scores.items()})
 
 
-def probe(resident: Resident, dataset: Dataset) -> float:
+def probe(resident: Resident, dataset: Dataset, task: Task) -> float:
     """The mean loss of the device's first texts: what training takes off it is how well its arm did."""
-    batch = dataset.batch(range(min(PROBE, len(dataset))))
-    with torch.no_grad():
-        return loss_sum(forward_logits(resident, batch), batch.labels).item() / batch.tokens
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for batch in _first(dataset, PROBE, task):
+            total += loss_sum(forward_logits(resident, batch), batch.labels).item()
+            tokens += batch.tokens
+    return total / tokens
 
 
-def _first(dataset: Dataset) -> list[Batch]:
-    count = min(CALIBRATION, len(dataset))
-    return [dataset.batch(range(at, min(at + BATCH, count))) for at in range(0, count, BATCH)]
+def _first(dataset: Dataset, most: int, task: Task) -> Iterator[Batch]:
+    """The first texts, in passes no larger than a training's: what leads up to it needs no more memory than it does."""
+    count, size = min(most, len(dataset)), BATCH
+    if task.kind is Kind.TRAIN:
+        size = min(size, read_knobs(task).batch_size)
+    return (dataset.batch(range(at, min(at + size, count))) for at in range(0, count, size))
 
 
 def _cut(resident: Resident, keep: Keep, biases: Mapping[str, Tensor], held: Held, task: Task) -> None:

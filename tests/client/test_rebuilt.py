@@ -28,10 +28,11 @@ from subspaces import (
 from torch import Tensor, nn
 
 from fedloom.client.data import Example
+from fedloom.client.mapped import set_aside
 from fedloom.client.model import Resident, load_model
 from fedloom.client.parts import Part, parts_of
 from fedloom.client.place import Place, version_fill
-from fedloom.client.rebuilt import Rebuilt, set_aside
+from fedloom.client.rebuilt import Rebuilt
 from fedloom.client.starting import starting_payload
 from fedloom.client.subspace import subspace as first_order
 from fedloom.client.training import tune

@@ -30,6 +30,7 @@ from fedloom.protocols.messages import (
     Task,
     Update,
 )
+from fedloom.protocols.shapes import Block, Linear, Shapes
 from fedloom.strategies.masked import slice_payload
 
 WIRES = ("fp32", "fp16", "bf16", "int8")
@@ -45,6 +46,23 @@ PRUNABLE = replace(
         "c": MatrixSpec(d_out=3, d_in=5, kind="conv1d", columns=Axis(group="heads", width=1, offsets=(0, 3))),
     },
     groups={"heads": 2, "channels": 9},
+)
+_BLOCK = Block(heads=4, kv_heads=2, head_dim=2, ffn=9)
+SHAPED = replace(
+    PRUNABLE,
+    shapes=Shapes(
+        family="llama",
+        hidden=3,
+        blocks=(_BLOCK, replace(_BLOCK, heads=2, kv_heads=1)),
+        linears={
+            "q": Linear(block=0, reads="attention", d_out=4, d_in=3),
+            "c": Linear(block=1, reads="channels", d_out=3, d_in=5),
+        },
+        columns=7,
+        other=2**40 - 1,
+        head=6,
+        item=2,
+    ),
 )
 KEEP = {"heads": np.array([False, True]), "channels": np.arange(9) % 2 == 0}
 POOL = Subspace(family="rademacher", k=37, seed=5)
@@ -111,6 +129,8 @@ def updates() -> list[Update]:
     cost = Cost(seconds=1.5, peak_rss_bytes=10**9)
     made = [replace(base, payload=payload) for payload in payloads()]
     made.append(replace(base, kind=Kind.EVALUATE, metrics={"loss": 0.5, "exact_match": 0.25}, cost=cost))
+    given_up = Cost(seconds=0.5, peak_tensor_bytes=2**40, out_of_memory=True)
+    made.append(replace(base, metrics={"ratio": 0.25, "rank": 4.0, "need": 2.0**30}, cost=given_up))
     made.append(replace(base, device="w\u00fcste", run="not hexadecimal", examples=2**63 - 1, round=2**63 - 1))
     return made
 
@@ -139,9 +159,10 @@ def tasks() -> list[Task]:
 def hellos() -> list[Hello]:
     report = DeviceReport(device="hospital-c", examples=12, rank=2, software="fedloom 0.1.0")
     forward = replace(report, capabilities=("forward", "backprop"), version=5, state_round=4)
+    lender = replace(report, memory=4 * 2**30)
     empty = ModelSpec(base_hash="h", matrices={})
     masked = replace(SPEC, mask="0a" * 32)
-    return [Hello(report=report, spec=SPEC)] + [
+    return [Hello(report=report, spec=SPEC), Hello(report=lender, spec=SHAPED)] + [
         Hello(report=forward, spec=spec) for spec in (masked, empty, PRUNABLE, replace(SPEC, groups={"heads": 2}))
     ]
 

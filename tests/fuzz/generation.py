@@ -30,6 +30,7 @@ from fedloom.protocols.messages import (
     Task,
     Update,
 )
+from fedloom.protocols.shapes import FAMILIES, READS, Block, Linear, Shapes
 
 WIRES: Final = st.sampled_from(["fp32", "fp16", "bf16", "int8"])
 _TEXT: Final = st.text("abz019 .-_/\u00fc\U0001f600<&", max_size=9)
@@ -115,7 +116,12 @@ def updates(draw: DrawFn) -> Update:
         run=draw(_TEXT | _HEX),
         nonce=draw(_WORDS),
         metrics={name: draw(_REALS) for name in draw(_NAMES)},
-        cost=Cost(seconds=draw(_ALPHAS), peak_rss_bytes=draw(_COUNTS)),
+        cost=Cost(
+            seconds=draw(_ALPHAS),
+            peak_rss_bytes=draw(_COUNTS),
+            out_of_memory=draw(st.booleans()),
+            peak_tensor_bytes=draw(_COUNTS),
+        ),
         payload=draw(_payloads()),
     )
 
@@ -177,6 +183,34 @@ def _matrices(draw: DrawFn, groups: dict[str, int]) -> MatrixSpec:
 
 
 @st.composite
+def _shapes(draw: DrawFn) -> Shapes:
+    large = st.sampled_from([1, 2, 4096, 2**40 - 1])
+    blocks = [
+        Block(heads=kv * draw(_SIZES), kv_heads=kv, head_dim=draw(large), ffn=draw(large))
+        for kv in draw(st.lists(_SIZES, min_size=1, max_size=3))
+    ]
+    linears = {
+        name: Linear(
+            block=draw(st.integers(0, len(blocks) - 1)),
+            reads=draw(st.sampled_from(READS)),
+            d_out=draw(large),
+            d_in=draw(large),
+        )
+        for name in draw(_NAMES)
+    }
+    return Shapes(
+        family=draw(st.sampled_from(FAMILIES)),
+        hidden=draw(large),
+        blocks=tuple(blocks),
+        linears=linears,
+        columns=draw(large),
+        other=draw(st.just(0) | large),
+        head=draw(st.just(0) | large),
+        item=draw(st.sampled_from([2, 4])),
+    )
+
+
+@st.composite
 def hellos(draw: DrawFn) -> Hello:
     report = DeviceReport(
         device=draw(_TEXT),
@@ -186,6 +220,7 @@ def hellos(draw: DrawFn) -> Hello:
         state_round=draw(_COUNTS),
         capabilities=tuple(draw(_NAMES)),
         software=draw(_TEXT),
+        memory=draw(_COUNTS),
     )
     groups = {name: draw(st.integers(1, 9)) for name in draw(_NAMES)}
     shapes = st.lists(_SIZES, min_size=1, max_size=4).map(tuple)
@@ -195,6 +230,7 @@ def hellos(draw: DrawFn) -> Hello:
         dense={name: draw(shapes) for name in draw(_NAMES)},
         mask=draw(st.just("") | _DIGESTS),
         groups=groups,
+        shapes=draw(st.none() | _shapes()),
     )
     return Hello(report=report, spec=spec)
 

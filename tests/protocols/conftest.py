@@ -30,6 +30,7 @@ from fedloom.protocols.messages import (
     Task,
     Update,
 )
+from fedloom.protocols.shapes import Block, Linear, Shapes
 
 
 def filled(hint: Any, path: str, count: Iterator[int]) -> Any:
@@ -101,7 +102,19 @@ def spec(count: Iterator[int]) -> ModelSpec:
         dense={"z": (next(count), 2), "a": (next(count),)},
         mask=f"{next(count):064x}",
         groups=groups,
+        shapes=shapes(count),
     )
+
+
+def shapes(count: Iterator[int]) -> Shapes:
+    """Shapes whose heads come in whole groups."""
+    blocks = tuple(
+        Block(heads=3 * kv, kv_heads=kv, head_dim=next(count), ffn=next(count)) for kv in (next(count), next(count))
+    )
+    linears = {name: Linear(block=1, reads="mixed", d_out=next(count), d_in=next(count)) for name in ("z", "a")}
+    family: Any = "gpt2"
+    sizes = {name: next(count) for name in ("hidden", "columns", "other", "head", "item")}
+    return Shapes(family=family, blocks=blocks, linears=linears, **sizes)
 
 
 def plain(value: Any) -> Any:

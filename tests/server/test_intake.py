@@ -10,6 +10,7 @@ import pytest
 
 from fedloom.protocols.messages import (
     Axis,
+    Cost,
     Kind,
     LowRank,
     MatrixSpec,
@@ -162,6 +163,49 @@ def test_a_task_may_name_modules_and_their_ranks() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             check_update(bad, task, SPEC)
+
+
+LEFT = {"ratio": 0.25, "rank": 2.0}
+ARM = replace(PRUNING, knobs={"prune_ratio": 0.25})
+GIVEN_UP = replace(GOOD, payload=Payload(), metrics=LEFT, cost=Cost(out_of_memory=True))
+
+
+def test_a_task_that_ran_out_of_memory_is_heard() -> None:
+    check_update(GIVEN_UP, ARM, PRUNABLE)
+    check_update(replace(GIVEN_UP, metrics=LEFT | {"ratio": 0.0}), PRUNING, PRUNABLE)
+    check_update(replace(GIVEN_UP, metrics=LEFT | {"ratio": 0.0}), replace(TASK, ranks={"m": 1}), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("task", "bad", "why"),
+    [
+        (TASK, GIVEN_UP, "leaves nothing to make smaller, got an update that ran out"),
+        (ARM, replace(GIVEN_UP, payload=GOOD.payload), "ran out of memory must carry no tensors, got some"),
+        (ARM, replace(GIVEN_UP, payload=Payload(keep=NARROW)), "ran out of memory must carry no tensors, got some"),
+        (ARM, replace(GIVEN_UP, metrics=LEFT | {"ratio": 0.3}), "metric 'ratio' must be its task's 0.25, got 0.3"),
+        (ARM, replace(GIVEN_UP, metrics=LEFT | {"rank": 1.0}), "metric 'rank' must be its task's 2, got 1.0"),
+        (ARM, replace(GIVEN_UP, metrics={"rank": 2.0}), "metric 'ratio' must be its task's 0.25, got None"),
+        (ARM, replace(GIVEN_UP, cost=Cost()), "each adapted module once"),
+        (ARM, replace(GIVEN_UP, kind=Kind.EVALUATE), "kind must be"),
+    ],
+)
+def test_a_bad_word_of_memory_is_refused(task: Task, bad: Update, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        check_update(bad, task, PRUNABLE)
+
+
+def test_what_is_repeated_is_the_tasks_however_large() -> None:
+    task = replace(TASK, knobs={"flops": 3.5e18, "need": 2**40 + 1, "bits": 4})
+    said = {"flops": 3.5e18, "need": float(2**40 + 1), "bits": 4.0}
+    check_update(replace(GOOD, metrics=said), task, SPEC)
+    for name in said:
+        for value in (said[name] * 2, said[name] - 1024, None):
+            metrics = {key: number for key, number in said.items() if key != name}
+            metrics |= {} if value is None else {name: value}
+            with pytest.raises(ValueError, match=f"metric '{name}' must"):
+                check_update(replace(GOOD, metrics=metrics), task, SPEC)
+    with pytest.raises(ValueError, match="metric 'flops' must lie within"):
+        check_update(replace(GOOD, metrics={"flops": 3.5e18}), TASK, SPEC)
 
 
 SKETCH_TASK = replace(TASK, subspace=Subspace(family="sketch", k=8, seed=1), scalar_limit=2.0, seed=99)

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from unequal_fleet import adjusted
 
 from fedloom.protocols.directions import pool_keys, signs
 from fedloom.protocols.messages import (
+    Axis,
+    Cost,
     DeviceReport,
     LowRank,
     MatrixSpec,
@@ -21,6 +24,7 @@ from fedloom.protocols.messages import (
     Update,
 )
 from fedloom.protocols.seeds import derive_seed, draw_indices
+from fedloom.protocols.shapes import Block, Linear, Shapes
 from fedloom.strategies.base import State, Strategy
 from fedloom.strategies.ffa import drop_a, fill_a
 
@@ -35,6 +39,28 @@ SPEC = ModelSpec(
     dense={"head.weight": (3, 5)},
 )
 PLAIN = replace(SPEC, dense={})
+_LINEARS = {"q": ("attention", 24, 40), "c": ("channels", 40, 20)}
+PRUNABLE = replace(  # the same matrices, whose first layer can be pruned; the second is spared and has no adapter
+    SPEC,
+    matrices={
+        "q": replace(SPEC.matrices["q"], rows=Axis(group="0.heads", width=4)),
+        "c": replace(SPEC.matrices["c"], columns=Axis(group="0.channels", width=1)),
+    },
+    groups={"0.heads": 6, "0.channels": 20, "1.heads": 6, "1.channels": 20},
+    shapes=Shapes(
+        family="llama",
+        hidden=40,
+        blocks=(Block(heads=6, kv_heads=6, head_dim=4, ffn=20),) * 2,
+        linears={
+            name + more: Linear(block=block, reads=reads, d_out=d_out, d_in=d_in)
+            for block, more in enumerate(("", " above"))
+            for name, (reads, d_out, d_in) in _LINEARS.items()
+        },
+        columns=50,
+        other=9000,
+        head=15,
+    ),
+)
 
 
 def reports(ranks: Sequence[int], version: int = 0, forward: Sequence[int] = ()) -> list[DeviceReport]:
@@ -88,7 +114,9 @@ def answer(task: Task, spec: ModelSpec, rng, examples: int, dtype=np.float64) ->
         payload = Payload(factors=factors, dense=payload.dense)
     if task.shared_a_seed is not None:
         payload = drop_a(payload)
-    return update_of(payload, task.device, examples, task.round)
+    payload, metrics = adjusted(task, payload, spec, rng)
+    update = update_of(payload, task.device, examples, task.round)
+    return replace(update, metrics=metrics, cost=Cost(seconds=float(examples)))
 
 
 def scalars_for(task: Task, rng, dtype=np.float64) -> Scalars:
@@ -107,7 +135,9 @@ def scalars_for(task: Task, rng, dtype=np.float64) -> Scalars:
     return Scalars(over=Over.POOL, k=k, values=values, indices=indices)
 
 
-def answers(strategy: Strategy, state: State, devices, spec, rng, round=0, dtype=np.float64) -> list[Update]:
+def answers(strategy: Strategy, state: State, devices, spec, rng, round=None, dtype=np.float64) -> list[Update]:
+    """What the devices send in a round; by default the one that comes next."""
+    round = state.version if round is None else round
     return [answer(task, spec, rng, 2 + 3 * i, dtype) for i, task in enumerate(strategy.plan(state, devices, round))]
 
 
