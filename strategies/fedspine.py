@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Literal
 
@@ -247,17 +248,29 @@ class FedSpine(MergeOptions):
         fast = cubic(round, self.ramp, self.target)
         floor = max(standing.ratio, self._floor(round))
         lent = float(report.memory) if report.memory else math.inf
+        bound = math.nextafter(standing.bandit.memory_bound, 0.0)
         ceiling = max(fast, floor)
-        least = need(ceiling, 1)
-        if least > lent or least >= standing.bandit.memory_bound:
-            ceiling = self.target  # what does not fit otherwise is pruned sooner
+        most = min(rank, self.max_rank)
+        ceiling = self._sooner(partial(need, rank=min(self.fixed_rank, most)), min(lent, bound), ceiling)
         return Limits(
             need=need,
             memory=lent,
             ratio_floor=floor,
             ratio_ceiling=ceiling,
-            rank_ceiling=min(rank, self.max_rank),
+            rank_ceiling=most,
         )
+
+    def _sooner(self, need: Callable[[float], int], room: float, ceiling: float) -> float:
+        """The ceiling, raised as far as a middling rank needs to fit: such a device is pruned before the others."""
+        if need(ceiling) <= room:
+            return ceiling
+        if need(self.target) > room:
+            return self.target
+        low, high = ceiling, self.target
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if need(middle) <= room else (middle, high)
+        return high
 
     def _standing(self, state: State, device: str) -> Standing:
         known = standing_of(state, device)

@@ -12,7 +12,7 @@ from stages import make_settings
 
 from fedloom.client.agent.home import Home
 from fedloom.client.agent.link import Link, with_bundle
-from fedloom.client.agent.owned import held_out, own_examples
+from fedloom.client.agent.owned import held_out, own_device, own_examples
 from fedloom.client.data import Example
 from fedloom.client.settings import DeviceSettings, check_ready, device_settings
 from fedloom.protocols.bundle import read_bundle
@@ -220,3 +220,22 @@ def test_a_socket_path_that_is_too_long_lies_elsewhere(tmp_path: Path) -> None:
         home.open()
         assert stat.S_IMODE(home.socket.parent.stat().st_mode) == 0o700
         home.socket.parent.rmdir()
+
+
+def test_what_servers_that_fit_tasks_to_devices_are_told(
+    tmp_path: Path, tiny_llama: Path, examples: list[Example]
+) -> None:
+    """`model.describe`, from device.toml or the recipe, and what the owner's limit leaves for tensors."""
+    settings = read(tmp_path, 'name = "a"\n[model]\ndescribe = "units"\n[rules]\nmax_memory_mb = 4000\n')
+    assert settings.model.describe == "units"
+    told = build_config({"model": {"describe": "shapes"}})
+    assert device_settings(None, {"name": "a", "recipe": "demo"}, lambda _: told).model.describe == "shapes"
+    model = {"path": str(tiny_llama), "device": "cpu", "describe": "units"}
+    for limit in (0, 4000):
+        changes = {"model": model, "rules": {"threads": 1, "max_memory_mb": limit}}
+        made = make_settings(tmp_path, tiny_llama, examples, changes)
+        device, _ = own_device(made, Home(folder=made.folder))
+        hello = device.hello()
+        assert hello.spec.groups
+        assert hello.spec.shapes is not None
+        assert (0 < hello.report.memory < limit * 10**6) if limit else hello.report.memory == 0
