@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from fedloom.cli.tables import human_bytes
+from fedloom.server.units import human_bytes
 
 LONGEST = 300  # characters of what a device or a stranger had written
 

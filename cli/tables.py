@@ -9,14 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-
-def human_bytes(count: float) -> str:
-    """`1.2 MB`: three digits at most, decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+from fedloom.server.units import human_bytes
 
 
 def show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

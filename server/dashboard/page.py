@@ -15,7 +15,7 @@ from fedloom.server.dashboard.folder import RunFolder
 from fedloom.server.dashboard.recipe import metric_of, summary
 from fedloom.server.dashboard.rounds import Round
 from fedloom.server.dashboard.state import Device, Standing, Status
-from fedloom.server.dashboard.units import NO_VALUE, Metric, clock, human_bytes, human_seconds, iso, plural, tick_bytes
+from fedloom.server.units import NO_VALUE, Metric, clock, human_bytes, human_seconds, iso, plural, tick_bytes
 
 TEMPLATES = Path(__file__).with_name("templates")
 PARTS = ("state", "numbers", "curves", "devices", "refusals", "rounds", "recipe")

@@ -23,8 +23,8 @@ from fedloom.server.dashboard import stream
 from fedloom.server.dashboard.guard import Guard
 from fedloom.server.dashboard.page import PARTS
 from fedloom.server.dashboard.serving import Dashboard, serve
-from fedloom.server.dashboard.units import human_bytes
 from fedloom.server.events import EventLog
+from fedloom.server.units import human_bytes
 from fedloom.simulations.runs import run_recipe
 
 HOSTILE = (
