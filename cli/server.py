@@ -271,12 +271,7 @@ def _signals() -> Iterator[None]:
 def _conclude(asked: RunConfig, folder: Path, console: Console, *, as_json: bool) -> None:
     """The summary, the report and, where this machine has the base model, the adapter."""
     from fedloom.cli.conclude import conclude
-    from fedloom.cli.tables import show_summary
+    from fedloom.cli.tables import show_ending
 
     summary, written = conclude(asked, folder)
-    if as_json:
-        print(json.dumps(summary | {"files": written}, indent=1))
-        return
-    show_summary(console, summary)
-    for what, where in written.items():
-        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)
+    show_ending(console, summary, written, as_json=as_json)

@@ -32,8 +32,17 @@ def show_or_json(
         show(console, title, columns, rows)
 
 
-def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """The tables that end a run: how good each strategy became, and what it cost."""
+def show_ending(console: Console, summary: Mapping[str, Any], written: Mapping[str, str], *, as_json: bool) -> None:
+    """What ends a run: how good each strategy became, what it cost, and what lies where."""
+    if as_json:
+        print(json.dumps({**summary, "files": dict(written)}, indent=1))
+        return
+    _show_summary(console, summary)
+    for what, where in written.items():
+        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)
+
+
+def _show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     metric = str(summary["metric"]).replace("_", " ")
     good, cost = [], []
     for entry in summary["strategies"]:

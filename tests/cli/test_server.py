@@ -22,9 +22,7 @@ from fedloom.server.orders import Orders, write_orders
 from fedloom.server.processes import claim
 from fedloom.simulations.cookbook import find_recipe
 from fedloom.simulations.grid import InProcessGrid, pretend_nodes
-from fedloom.simulations.naming import main_metric, run_name
-from fedloom.simulations.runs import main_metric as main_metric_of_runs
-from fedloom.simulations.runs import run_name as run_name_of_runs
+from fedloom.simulations.naming import run_name
 from fedloom.simulations.runs import run_recipe
 from fedloom.simulations.world import pretend_app
 
@@ -170,14 +168,6 @@ def test_a_deployed_run_has_one_line_and_loads_no_torch_unasked() -> None:
     assert run_name(deployed(demo)) == run_name(demo)
     assert not deployed(demo).track.tensorboard
     assert deployed(read_recipe(find_recipe("demo"), ["track.tensorboard=true"])).track.tensorboard
-
-
-@pytest.mark.parametrize("recipe", ["quick", "demo", "classify", "fedkseed"])
-def test_the_name_of_a_run_is_the_simulations(recipe: str) -> None:
-    for settings in ((), ("train.schedule=linear",), ("server.rounds=99",)):
-        config = read_recipe(find_recipe(recipe), settings)
-        assert run_name(config) == run_name_of_runs(config)
-        assert main_metric(config) == main_metric_of_runs(config)
 
 
 def test_the_narrator_says_what_happens_and_nothing_twice(tmp_path: Path) -> None:
