@@ -99,6 +99,11 @@ class Narrator:
         if self._is_news(event["device"], line):
             self.say(line)
 
+    def _left_out(self, event: Mapping[str, Any]) -> None:
+        line = f"{event['device']} is left out: {event['reason']}"
+        if self._is_news(event["device"], line):  # it is asked again before every round
+            self.say(line, bad=True)
+
     def _phase(self, event: Mapping[str, Any]) -> None:
         doing = {"train": "devices train", "evaluate": "devices evaluate", "hello": "devices say who they are"}
         self._answers, self._asked = 0, len(event["devices"])

@@ -180,6 +180,8 @@ def test_the_narrator_says_what_happens_and_nothing_twice(tmp_path: Path) -> Non
         narrator.waits(1, 3)
         narrator.event(joined)
         narrator.event(joined)
+        for _ in range(2):
+            narrator.event({"event": "left_out", "device": "c", "reason": "it must hold another base"})
         narrator.event({"event": "started", "name": "trial", "round": -1, "devices": ["a"]})
         narrator.event({"event": "phase", "round": 1, "rounds": 4, "phase": "train", "devices": ["a"]})
         narrator.event({"event": "answer", "round": 1, "phase": "train", "device": "a", "refused": "too [bold]big\x1b"})
@@ -192,10 +194,11 @@ def test_the_narrator_says_what_happens_and_nothing_twice(tmp_path: Path) -> Non
     assert lines == [
         "waiting for devices: 1 of 3 connected",
         "a joined: rank 8, 12 examples, fedloom 1",
+        "c is left out: it must hold another base",
         "trial begins with 1 device: a",
         "round 1: a is left out: too [bold]big?",
         "a sits out up to round 3: failing",
-        "round 1 done: exact match 0.500, loss 1.250, 2 updates, 2.5 s, 2 kB up, 2 kB down",
+        "round 1 done: exact match 0.500, loss 1.250, 2 updates, 2.5 s, 2.00 kB up, 2.00 kB down",
         "refused a connection from 10.0.0.9 (b): its key is revoked",
         "a connected from 10.0.0.8",
     ]
