@@ -66,6 +66,7 @@ bench: $(VENV)/installed  ## The figures of docs/benchmarks.md
 	$(BIN)/fedloom bench wire
 	$(BIN)/python benchmarks/server_memory.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/warm.py
 	$(BIN)/python benchmarks/seeds.py demo --seeds 0 1 2 --plot docs/seeds-demo
 
 proto: $(VENV)/installed  ## Regenerate protocols/fedloom_pb2.py

@@ -27,7 +27,9 @@ from scipy import stats
 from fedloom.protocols.config import RunConfig, build_config, override
 from fedloom.server.pooling import pool
 from fedloom.server.track import METRICS_FILE
-from fedloom.simulations.runs import main_metric, read_metrics, run_recipe
+from fedloom.simulations.naming import main_metric
+from fedloom.simulations.runs import run_recipe
+from fedloom.simulations.summary import read_metrics
 
 FAMILIES = {"FedKSeed gaussian": "gaussian", "FedKSeed rademacher": "rademacher"}
 Settings = dict[str, Any]

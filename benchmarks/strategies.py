@@ -19,7 +19,8 @@ from scipy import stats
 
 from fedloom.protocols.config import read_recipe
 from fedloom.simulations.cookbook import find_recipe
-from fedloom.simulations.runs import SUMMARY_FILE, run_recipe
+from fedloom.simulations.runs import run_recipe
+from fedloom.simulations.summary import SUMMARY_FILE
 
 
 def summaries(recipe: str, seeds: Sequence[int], settings: Sequence[str], out: Path) -> list[dict[str, Any]]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedloom.cli.finish import finish
 from fedloom.protocols.config import RunConfig
 from fedloom.server.events import EVENTS_FILE
 from fedloom.server.track import METRICS_FILE
 from fedloom.simulations.report import REPORT_FILE
-from fedloom.simulations.runs import SUMMARY_FILE, _entry, _processor, main_metric, members, read_metrics
+from fedloom.simulations.runs import members
+from fedloom.simulations.summary import SUMMARY_FILE, entry, read_metrics, write_summary
 
 
 def conclude(config: RunConfig, out: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -34,19 +32,7 @@ def conclude(config: RunConfig, out: Path) -> tuple[dict[str, Any], dict[str, st
     sized = config.model_copy(
         update={"fleet": config.fleet.model_copy(update={"devices": len(records[-1]["devices"]), "ranks": ranks})}
     )
-    summary = {
-        "name": config.name,
-        "about": config.about,
-        "model": config.model.path,
-        "devices": sized.fleet.devices,
-        "ranks": list(ranks),
-        "rounds": config.server.rounds,
-        "seed": config.seed,
-        "metric": main_metric(config),
-        "machine": {"cpu": _processor(), "cores": os.cpu_count() or 1, "torch": torch.__version__},
-        "strategies": [_entry(members(config, out)[0], out, records, sized)],
-    }
-    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    summary = write_summary(out, sized, [entry(members(config, out)[0].label, Path("."), records, sized)])
     try:
         written = finish(config, out)
     except (ValueError, OSError) as error:  # most often: the base model is with the devices, not here

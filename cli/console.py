@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from fedloom.cli.tables import human_bytes
+from fedloom.server.units import human_bytes
 
 LONGEST = 300  # characters of what a device or a stranger had written
 
@@ -98,6 +98,11 @@ class Narrator:
         line = f"{event['device']} joined: rank {event['rank']}, {event['examples']} examples, {event['software']}"
         if self._is_news(event["device"], line):
             self.say(line)
+
+    def _left_out(self, event: Mapping[str, Any]) -> None:
+        line = f"{event['device']} is left out: {event['reason']}"
+        if self._is_news(event["device"], line):  # it is asked again before every round
+            self.say(line, bad=True)
 
     def _phase(self, event: Mapping[str, Any]) -> None:
         doing = {"train": "devices train", "evaluate": "devices evaluate", "hello": "devices say who they are"}

@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedloom.cli.console import clean
-from fedloom.cli.tables import human_bytes, show
+from fedloom.cli.tables import show
 from fedloom.client.agent.calls import Status
+from fedloom.server.units import human_bytes
 
 _COLOURS = {"idle": "green", "train": "cyan", "evaluate": "cyan", "paused": "yellow", "loading": "yellow"}
 

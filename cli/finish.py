@@ -23,7 +23,8 @@ from fedloom.server.checkpoint import latest_checkpoint
 from fedloom.server.loop import CHECKPOINTS
 from fedloom.simulations.fleet import Fleet
 from fedloom.simulations.report import write_report
-from fedloom.simulations.runs import SUMMARY_FILE, Member, members, read_run
+from fedloom.simulations.runs import Member, members, read_run
+from fedloom.simulations.summary import SUMMARY_FILE
 from fedloom.simulations.world import base_model
 from fedloom.strategies.local import Local
 from fedloom.strategies.masked import Keep

@@ -72,7 +72,7 @@ def run(
     """
     from fedloom.cli.finish import finish
     from fedloom.cli.progress import Board
-    from fedloom.cli.tables import show_summary
+    from fedloom.cli.tables import show_ending
     from fedloom.protocols.config import read_recipe
     from fedloom.simulations.cookbook import find_recipe
     from fedloom.simulations.runs import run_recipe
@@ -84,12 +84,7 @@ def run(
     with Board(console) as board:
         summary = run_recipe(config, folder, resume=resume, force=force, watch=board.watch)
     written = finish(config, folder)
-    if as_json:
-        print(json.dumps(summary | {"files": written}, indent=1))
-        return
-    show_summary(console, summary)
-    for what, where in written.items():
-        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)
+    show_ending(console, summary, written, as_json=as_json)
 
 
 @app.command()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedloom.cli.tables import human_bytes, show
+from fedloom.cli.tables import show
+from fedloom.server.units import human_bytes
 
 if TYPE_CHECKING:
     from fedloom.client.model import Resident

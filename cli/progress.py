@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from fedloom.protocols.config import RunConfig
 from fedloom.server.watch import Silent
-from fedloom.simulations.runs import main_metric
+from fedloom.simulations.naming import main_metric
 
 
 class Board:
@@ -60,7 +60,7 @@ class Line(Silent):
         self._progress.reset(self._task, start=False, total=len(devices), completed=0, status=status)
         self._progress.start_task(self._task)
 
-    def answered(self, *, round: int, phase: str, device: str, size: int, seconds: float, refused: str) -> None:
+    def answered(self, **about: Any) -> None:
         self._progress.advance(self._task)
 
     def ended(self, *, record: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedloom.server.disk import write_whole
+from fedloom.server.disk import room_for, write_whole
 
 if TYPE_CHECKING:
     from fedloom.cli.console import Narrator
@@ -77,7 +77,7 @@ def server(
     _preflight(asked)
     check_folder(asked, folder)
     consortium, warnings = _open_keys(settings)
-    with claim(folder) as orphans, _signals(), _narrator(console, folder, asked) as narrator:
+    with room_for(folder), claim(folder) as orphans, _signals(), _narrator(console, folder, asked) as narrator:
         open_folder(asked, folder)
         if whole.compare:
             warnings.append(f"the comparison is left out: a deployed run has one line, {asked.strategy.name}")
@@ -87,7 +87,8 @@ def server(
             narrator.say(warning, bad=True)
         with _page(settings, folder, narrator, wanted=dashboard):
             _serve(asked, settings, consortium, folder, narrator)
-    _conclude(asked, folder, console, as_json=as_json)
+    with room_for(folder):
+        _conclude(asked, folder, console, as_json=as_json)
 
 
 def _serve(
@@ -271,12 +272,7 @@ def _signals() -> Iterator[None]:
 def _conclude(asked: RunConfig, folder: Path, console: Console, *, as_json: bool) -> None:
     """The summary, the report and, where this machine has the base model, the adapter."""
     from fedloom.cli.conclude import conclude
-    from fedloom.cli.tables import show_summary
+    from fedloom.cli.tables import show_ending
 
     summary, written = conclude(asked, folder)
-    if as_json:
-        print(json.dumps(summary | {"files": written}, indent=1))
-        return
-    show_summary(console, summary)
-    for what, where in written.items():
-        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)
+    show_ending(console, summary, written, as_json=as_json)

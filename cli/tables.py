@@ -9,14 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-
-def human_bytes(count: float) -> str:
-    """`1.2 MB`: three digits at most, decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+from fedloom.server.units import human_bytes
 
 
 def show(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -39,8 +32,17 @@ def show_or_json(
         show(console, title, columns, rows)
 
 
-def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """The tables that end a run: how good each strategy became, and what it cost."""
+def show_ending(console: Console, summary: Mapping[str, Any], written: Mapping[str, str], *, as_json: bool) -> None:
+    """What ends a run: how good each strategy became, what it cost, and what lies where."""
+    if as_json:
+        print(json.dumps({**summary, "files": dict(written)}, indent=1))
+        return
+    _show_summary(console, summary)
+    for what, where in written.items():
+        console.print(f"{what:<8} {where}", highlight=False, soft_wrap=True)
+
+
+def _show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     metric = str(summary["metric"]).replace("_", " ")
     good, cost, clocked = [], [], any("virtual_seconds" in entry for entry in summary["strategies"])
     for entry in summary["strategies"]:

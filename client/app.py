@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -43,7 +43,7 @@ def client_app(open_device: Callable[[Context], Handler]) -> ClientApp:
         try:
             return _reply(encode(open_device(context).hello()), message)
         except ValueError as error:
-            return _reply(_refuse(error, device="", round=0), message)
+            return _reply(refusal_frame(str(error), device=""), message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -57,21 +57,17 @@ def client_app(open_device: Callable[[Context], Handler]) -> ClientApp:
 
 
 def _perform(device: Handler, message: Message) -> bytes:
-    round = 0
+    asked: dict[str, Any] = {}
     try:
         record = message.content.get(RECORD)
         frame = record.get(FRAME) if isinstance(record, ConfigRecord) else None
         if not isinstance(frame, bytes):
             raise ValueError(f"a task must come as bytes under {RECORD!r}/{FRAME!r}")
         task = decode(frame, Task, limit=device.limit)
-        round = task.round
+        asked = {"run": task.run, "round": task.round, "nonce": task.nonce}
         return encode(device.handle(task), wire=task.wire, seed=task.seed)
     except ValueError as error:
-        return _refuse(error, device=device.name, round=round)
-
-
-def _refuse(error: ValueError, *, device: str, round: int) -> bytes:
-    return refusal_frame(str(error), device=device, round=round, version=getattr(error, "version", 0))
+        return refusal_frame(str(error), device=device.name, version=getattr(error, "version", 0), **asked)
 
 
 def _reply(frame: bytes, message: Message) -> Message:

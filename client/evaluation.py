@@ -16,25 +16,30 @@ from transformers import GenerationConfig
 
 from fedloom.client.data import IGNORED, Batch, Dataset
 from fedloom.client.model import Resident
+from fedloom.client.progress import report
 from fedloom.client.training import forward_logits, loss_sum
 from fedloom.protocols.config import Evaluation
 
 
 def evaluate(resident: Resident, dataset: Dataset, settings: Evaluation) -> Mapping[str, float]:
-    """Evaluate the resident's model as it stands.
+    """Evaluate the resident's model as it stands; each batch is a step that is reported, and may be the last.
 
     Returns:
         `n` examples, `loss_sum` over `tokens` (for classifiers: texts), of which `token_hits` were predicted right, and
         by task `exact_match_sum` or `accuracy_sum`; with `rouge`, `rouge_l_sum` and `generated_match_sum` as well.
     """
     total: dict[str, float] = {}
+    groups = dataset.by_length(settings.batch_size)
+    written = groups if settings.rouge and dataset.task == "causal" else []
+    of = len(groups) + len(written)
     with torch.inference_mode():
-        for group in dataset.by_length(settings.batch_size):
+        for step, group in enumerate(groups, 1):
             batch = dataset.batch(group)
             _add(total, _measure(forward_logits(resident, batch), batch))
-        if settings.rouge and dataset.task == "causal":
-            for group in dataset.by_length(settings.batch_size):
-                _add(total, _judge_text(resident, dataset, group, settings.max_new_tokens))
+            report(step, of, total["loss_sum"] / total["tokens"])
+        for step, group in enumerate(written, len(groups) + 1):
+            _add(total, _judge_text(resident, dataset, group, settings.max_new_tokens))
+            report(step, of, total["loss_sum"] / total["tokens"])
     return total
 
 

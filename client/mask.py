@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedloom.client.parts import parameter_names
+from fedloom.protocols.validate import one_line
 
 if TYPE_CHECKING:
     from fedloom.client.data import Dataset
@@ -49,7 +50,7 @@ def read_mask(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         mask = dict(sorted(load_file(path).items()))
     except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, TypeError) as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(str(error))
         raise ValueError(f"model.mask must be a file that `fedloom mask` made, got {str(path)!r}: {problem}") from None
     if not mask:
         raise ValueError(f"model.mask must be a file that `fedloom mask` made, got {str(path)!r}, which is empty")

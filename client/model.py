@@ -26,6 +26,7 @@ from fedloom.client.pruning.structure import with_structure
 from fedloom.client.rebuilt import Rebuilt
 from fedloom.protocols.config import Lora, Model
 from fedloom.protocols.messages import ModelSpec
+from fedloom.protocols.validate import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ def _read(config: Model) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = _from_pretrained(source, config)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(str(error))[:300]
         raise ValueError(f"model.path {config.path!r} cannot be loaded for {config.task!r}: {reason}") from None
     _set_padding(model, tokenizer, config)
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""How far a task has come: tuners report each step, and whoever runs the task may watch, or stop it there.
+"""How far a task has come: tuners report each step, evaluation each batch, and whoever runs it may watch, or stop it.
 
     with watching(lambda step, of, loss: ...):
         device.handle(task)
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
 
-Watch = Callable[[int, int, float], None]  # steps done, steps in all, mean training loss so far
+Watch = Callable[[int, int, float], None]  # steps done, steps in all, mean loss so far
 
 _watcher: Final[ContextVar[Watch | None]] = ContextVar("watcher", default=None)
 

@@ -1,4 +1,4 @@
-"""The ClientApp of a real device: it carries frames between Flower and the device's agent, and understands none.
+"""The ClientApp of a real device: it carries frames between Flower and the device's agent, and reads none.
 
 Flower starts it anew for every message, so it must be quick to start: it loads no model, and neither torch nor whatever
 needs it. The agent's socket comes from the node's configuration (`agent`), and so does the device's name (`name`).
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -33,19 +34,24 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Have the agent train."""
-    frame = _frame(message)
-    return _reply(relayed(context, lambda agent: agent.perform(frame)), message)
+    return _perform(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Have the agent evaluate."""
+    return _perform(message, context)
+
+
+def _perform(message: Message, context: Context) -> Message:
     frame = _frame(message)
-    return _reply(relayed(context, lambda agent: agent.perform(frame)), message)
+    return _reply(relayed(context, lambda agent: agent.perform(frame), task=frame), message)
 
 
-def relayed(context: Context, call: Callable[[Calls], bytes], patience: float = PATIENCE) -> bytes:
-    """What the agent answers; a Refusal when it stays away for `patience` seconds.
+def relayed(
+    context: Context, call: Callable[[Calls], bytes], *, task: bytes = b"", patience: float = PATIENCE
+) -> bytes:
+    """What the agent answers; a Refusal, of `task` if there is one, when it stays away for `patience` seconds.
 
     A call that was cut short is made again: the agent gives the same task the same answer.
     """
@@ -60,15 +66,20 @@ def relayed(context: Context, call: Callable[[Calls], bytes], patience: float = 
             if time.monotonic() - began > patience:
                 until = time.monotonic() + patience  # it was there, and worked
             if time.monotonic() >= until:
-                return _refusal(context, str(away))
+                return _refusal(context, str(away), task)
         time.sleep(pause)
         pause = min(2 * pause, most)
 
 
-def _refusal(context: Context, reason: str) -> bytes:
-    from fedloom.client.refusals import refusal_frame  # here, since most messages can do without NumPy's start
+def _refusal(context: Context, reason: str, task: bytes) -> bytes:
+    from fedloom.client.agent.heading import read_heading  # here, since most messages can do without NumPy's start
+    from fedloom.client.refusals import refusal_frame
 
-    return refusal_frame(reason, device=str(context.node_config.get("name", "")))
+    asked: dict[str, Any] = {}
+    with suppress(ValueError):  # what is no task has no heading
+        heading = read_heading(task, limit=len(task))
+        asked = {"run": heading.run, "round": heading.round, "nonce": heading.nonce}
+    return refusal_frame(reason, device=str(context.node_config.get("name", "")), **asked)
 
 
 def _frame(message: Message) -> bytes:

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from fedloom.protocols import validate
 from fedloom.protocols.messages import Array, Coefficients, LowRank, Payload
+from fedloom.protocols.validate import one_line
 from fedloom.strategies.coefficients import subspace_from
 
 
@@ -95,7 +96,7 @@ def read_payload(path: Path) -> tuple[Payload, dict[str, Array], dict[str, Any]]
         meta = dict(json.loads(header["fedloom"]))
         payload, warm = _parted(tensors, meta)
     except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(str(error))
         raise ValueError(f"{path} is not a file of this device's store, or corrupted: {problem}") from None
     return payload, warm, meta
 

@@ -449,13 +449,19 @@ class Hello(_message.Message):
     def __init__(self, report: _Optional[_Union[DeviceReport, _Mapping]] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ...) -> None: ...
 
 class Refusal(_message.Message):
-    __slots__ = ("device", "round", "reason", "version")
+    __slots__ = ("device", "round", "reason", "version", "run", "nonce", "run_hex")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    RUN_HEX_FIELD_NUMBER: _ClassVar[int]
     device: str
     round: int
     reason: str
     version: int
-    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    run: str
+    nonce: int
+    run_hex: bytes
+    def __init__(self, device: _Optional[str] = ..., round: _Optional[int] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., run: _Optional[str] = ..., nonce: _Optional[int] = ..., run_hex: _Optional[bytes] = ...) -> None: ...

@@ -21,7 +21,9 @@ from fedloom.protocols.shapes import Shapes
 
 Array = NDArray[np.floating[Any]]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+
+NOT_NOW = "not now: "  # begins the reasons of a refusal that pass by themselves, or when the device's owner says so
 
 
 class Kind(StrEnum):
@@ -315,9 +317,15 @@ class Hello:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """A device's 'no' to a task, with a reason and the version that it really holds."""
+    """A device's 'no' to a task, with a reason and the version that it really holds.
+
+    It names its task as an Update does, so that an old one is no answer to a new task; a 'no' to anything else than a
+    task has no run, round and nonce.
+    """
 
     device: str
     round: int
     reason: str
     version: int = 0
+    run: str = ""
+    nonce: int = 0

@@ -245,13 +245,27 @@ def _matrix(record: pb.Matrix) -> MatrixSpec:
 
 def write_refusal(refusal: Refusal, pack: Pack) -> tuple[pb.Refusal, Data]:
     """A refusal's record; it has no tensor data."""
-    record = pb.Refusal(device=refusal.device, round=refusal.round, reason=refusal.reason, version=refusal.version)
+    record = pb.Refusal(
+        device=refusal.device,
+        round=refusal.round,
+        reason=refusal.reason,
+        version=refusal.version,
+        nonce=refusal.nonce,
+    )
+    _put_text(record, "run", refusal.run)
     return record, ()
 
 
 def read_refusal(record: pb.Refusal, data: memoryview) -> tuple[Refusal, memoryview]:
     """The refusal of a record, and the data that it leaves: all of it."""
-    refusal = Refusal(device=record.device, round=record.round, reason=record.reason, version=record.version)
+    refusal = Refusal(
+        device=record.device,
+        round=record.round,
+        reason=record.reason,
+        version=record.version,
+        run=_text(record, "run", "refusal.run"),
+        nonce=record.nonce,
+    )
     return refusal, data
 
 

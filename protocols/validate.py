@@ -356,5 +356,7 @@ def check_refusal(refusal: Refusal) -> None:
     """Raise ValueError on the first field of a refusal that breaks its bounds."""
     text("refusal.device", refusal.device)
     text("refusal.reason", refusal.reason)
+    text("refusal.run", refusal.run)
     integer("refusal.round", refusal.round)
+    integer("refusal.nonce", refusal.nonce, SEED_LIMIT)
     integer("refusal.version", refusal.version)

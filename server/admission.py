@@ -5,7 +5,6 @@ Two places must agree with the folder: Flower's register of SuperNodes, and the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +13,12 @@ from typing import TYPE_CHECKING
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
-from fedloom.server.disk import write_whole
+from fedloom.server.enrolled import write_nodes
 from fedloom.server.guestbook import Guests, digests, write_guests
 from fedloom.server.keys import Consortium, DeviceKey
 
 if TYPE_CHECKING:
     from fedloom.server.control import Control
-
-NODES_FILE = "nodes.json"
 
 
 class Admission:
@@ -32,13 +29,16 @@ class Admission:
         folder: where door.json and nodes.json (Flower's node numbers and the names they belong to) are written.
         limit: bytes of the largest request that the door lets pass.
         alone: whether the register is this run's alone, so that keys which left the folder are taken off it too.
+
+    Attributes:
+        names: the devices that are let in; None where there are no keys, so that any may come.
     """
 
     def __init__(self, keys: Consortium | None, folder: Path, *, limit: int, alone: bool = True) -> None:
         self._keys, self._folder, self._limit, self._alone = keys, folder, limit, alone
         self._stamp: tuple[object, ...] = ()
         self._stuck: dict[bytes, str] = {}
-        self.names: tuple[str, ...] = ()
+        self.names: tuple[str, ...] | None = None
 
     def post(self) -> None:
         """Write the door's list, before there is a register to keep in step.
@@ -77,8 +77,7 @@ class Admission:
                 continue
             control.unregister(node.id)
             lines.append(f"{node.name or node.id} is shut out: its key is revoked or no longer in the keys folder")
-        ids = {str(node.id): allowed[node.key] for node in control.nodes() if node.key in allowed}
-        write_whole(self._folder / NODES_FILE, json.dumps(ids, indent=1, sort_keys=True).encode())
+        write_nodes(self._folder, {node.id: allowed[node.key] for node in control.nodes() if node.key in allowed})
         self._stamp = stamp
         return lines
 
@@ -99,7 +98,8 @@ class Admission:
     def _write(self, listed: Sequence[tuple[DeviceKey, bytes]]) -> None:
         known = digests((device.name, key) for device, key in listed if not device.revoked)
         revoked = digests((device.name, key) for device, key in listed if device.revoked)
-        self.names = tuple(sorted({device.name for device, _ in listed if not device.revoked}))
+        if self._keys is not None:
+            self.names = tuple(sorted({device.name for device, _ in listed if not device.revoked}))
         write_guests(
             self._folder,
             Guests(limit=self._limit, known=None if self._keys is None else known, revoked=revoked),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,15 +59,17 @@ def workload(config: RunConfig) -> Workload:
     )
 
 
-def coordinate(grid: Grid, plan: Plan, watcher: Watcher | None = None) -> Outcome:
-    """Drive a plan over any grid.
+def coordinate(
+    grid: Grid, plan: Plan, watcher: Watcher | None = None, owners: Callable[[], Mapping[int, str]] | None = None
+) -> Outcome:
+    """Drive a plan over any grid; `owners` gives the device of each node, where devices have keys.
 
     Raises:
         ValueError: for an unknown strategy or option, or whatever the round loop refuses.
     """
     courier = Courier(grid, timeout=plan.config.server.timeout, window=plan.window, pause=plan.pause)
     strategy = build_strategy(plan.config)
-    run = Coordinator(courier, plan.config, strategy, plan.out, run=plan.run, durable=plan.durable)
+    run = Coordinator(courier, plan.config, strategy, plan.out, run=plan.run, durable=plan.durable, owners=owners)
     return run.go(resume=plan.resume, watcher=watcher)
 
 

@@ -11,13 +11,11 @@ changes relative to where a device started, so an old change still makes sense; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from fedloom.protocols.codec import TaskEncoder
 from fedloom.protocols.messages import Kind, Task, Update
 from fedloom.server.collect import Desk, Reception
-from fedloom.server.courier import Parcel
 from fedloom.server.intake import without_tensors
 from fedloom.strategies.base import State, Strategy
 
@@ -53,7 +51,7 @@ class Buffer:
         self._reception = Reception(desk, Kind.TRAIN)
         self._mail = desk.courier.mail("buffered")
         self._flying: dict[int, _Flight] = {}  # by node
-        self._answered: dict[str, int] = {}  # device: the last round that it was asked in
+        self._asked: dict[str, int] = {}  # device: the last round that it was asked in
         self.seen: list[Update] = []
         self.staleness: list[int] = []
 
@@ -65,6 +63,7 @@ class Buffer:
     def fill(self, state: State, round: int) -> Iterator[Update]:
         """Good updates as they arrive, weighted by their age, until the buffer is full or nobody is left to ask."""
         self.seen, self.staleness = [], []
+        self._reception.refusals.clear()
         config = self._desk.config
         self._send(state, round)
         flying = [flight.task.device for flight in self._flying.values()]
@@ -87,29 +86,12 @@ class Buffer:
         idle = [
             report
             for report in desk.roster.draw(0, seed=desk.config.seed, round=round)
-            if report.device not in busy and self._answered.get(report.device) != round
+            if report.device not in busy and self._asked.get(report.device) != round
         ]
         tasks = [self._complete(task) for task in self._strategy.plan(state, idle, round)] if idle else []
-        for some in _batches(tasks):
-            self._hand_over(some, state.version)
-
-    def _hand_over(self, tasks: Sequence[Task], version: int) -> None:
-        desk = self._desk
-        encoder = TaskEncoder(desk.config.wire.down, seed=desk.config.seed)
-        parcels = []
-        for task in tasks:
-            node = desk.roster.node(task.device)
-            if node is None:
-                continue
-            frame = encoder.encode(task)
-            self._reception.count(task, down=len(frame))
-            self._flying[node] = _Flight(task=task, version=version)
-            self._answered[task.device] = task.round
-            parcels.append(Parcel(node=node, kind=Kind.TRAIN, frame=frame))
-        for lost in self._mail.send(parcels):
+        addressed = [(node, task) for task in tasks if (node := desk.roster.node(task.device)) is not None]
+        for node, task in addressed:
+            self._flying[node] = _Flight(task=task, version=state.version)
+            self._asked[task.device] = round
+        for lost in self._mail.send(self._reception.parcels(addressed)):
             self._reception.receive(self._flying.pop(lost.node).task, lost)
-
-
-def _batches(tasks: Sequence[Task], size: int = 8) -> Iterator[Sequence[Task]]:
-    for begin in range(0, len(tasks), size):
-        yield tasks[begin : begin + size]

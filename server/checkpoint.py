@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedloom.protocols.messages import ModelSpec
+from fedloom.protocols.validate import one_line
 from fedloom.server.disk import flush_folder, sealed, unsealed, write_flushed
 from fedloom.strategies.base import State
 from fedloom.strategies.packing import spec_from_meta, spec_to_meta
@@ -57,9 +58,13 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> 
     final = folder / f"round-{checkpoint.round:06d}"
     draft = folder / f".draft-{checkpoint.round:06d}"
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    write_flushed(draft / "state.safetensors", tensors)
-    write_flushed(draft / "run.json", sealed(about))
+    try:
+        draft.mkdir(parents=True)
+        write_flushed(draft / "state.safetensors", tensors)
+        write_flushed(draft / "run.json", sealed(about))
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk, half a checkpoint is in everyone's way
+        raise
     if final.exists():
         shutil.rmtree(final)
     os.replace(draft, final)
@@ -93,7 +98,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             refused=about["refused"],
         )
     except (OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError) as error:
-        problem = " ".join(str(error).split())
+        problem = one_line(str(error))
         raise ValueError(f"checkpoint {path} cannot be read: {problem}") from None
 
 

@@ -7,14 +7,16 @@ So an answer that comes early waits for those before it: in the journal where th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from fedloom.protocols.codec import TaskEncoder, decode_answer
 from fedloom.protocols.config import RunConfig
-from fedloom.protocols.messages import Kind, Refusal, Task, Update
+from fedloom.protocols.messages import NOT_NOW, Kind, Refusal, Task, Update
+from fedloom.protocols.validate import one_line
 from fedloom.server.courier import Courier, Parcel, Reply
-from fedloom.server.intake import check_update, without_tensors
+from fedloom.server.intake import NO_REASON, check_refusal, check_update, without_tensors
 from fedloom.server.journal import Entry, Journal
 from fedloom.server.ledger import Ledger
 from fedloom.server.roster import Roster
@@ -33,17 +35,38 @@ class Desk:
     ledger: Ledger
     watcher: Watcher
 
+    @property
+    def largest_frame(self) -> int:
+        """Bytes; a longer answer is refused before it is read."""
+        return largest_frame(self.config)
+
+
+def largest_frame(config: RunConfig) -> int:
+    """The most bytes that a message of a recipe's run may have."""
+    return config.wire.limit_mb * 2**20
+
 
 class Reception:
-    """Where answers are held against their tasks, and what follows from each is noted: bytes, versions, standing.
+    """Where tasks become bytes and answers are held against them; what follows is noted: bytes, versions, standing.
 
     Attributes:
         refusals: a line for each answer that was not taken.
+        down: bytes of the task that each device was sent last.
     """
 
     def __init__(self, desk: Desk, kind: Kind) -> None:
         self._desk, self._kind = desk, kind
         self.refusals: list[str] = []
+        self.down: dict[str, int] = {}
+
+    def parcels(self, addressed: Iterable[tuple[int, Task]]) -> Iterator[Parcel]:
+        """Encode each task, for its node, as its turn comes, and count its bytes."""
+        wire = self._desk.config.wire.down
+        encoder = TaskEncoder(wire, seed=self._desk.config.seed)
+        for node, task in addressed:
+            frame = encoder.encode(task)
+            self.count(task, down=len(frame))
+            yield Parcel(node=node, kind=self._kind, frame=frame)
 
     def receive(self, task: Task, reply: Reply) -> Update | None:
         """The good update in a reply, or None for one that is refused: not to be counted before it is accepted."""
@@ -62,10 +85,12 @@ class Reception:
         Raises:
             ValueError: for a refusal, or an answer that does not hold against its task.
         """
-        answer = decode_answer(frame, (Update, Refusal), limit=self._desk.config.wire.limit_mb * 2**20)
+        answer = decode_answer(frame, (Update, Refusal), limit=self._desk.largest_frame)
         if isinstance(answer, Refusal):
+            check_refusal(answer, task)
             self._desk.roster.saw(task.device, version=answer.version)
-            raise ValueError(f"the device declined: {' '.join(answer.reason.split()) or 'no reason given'}")
+            reason = answer.reason or NO_REASON
+            raise ValueError(reason if reason.startswith(NOT_NOW) else f"the device declined: {reason}")
         check_update(answer, task, self._desk.roster.spec)
         return answer
 
@@ -79,12 +104,15 @@ class Reception:
         self._tell(task, size=size, seconds=update.cost.seconds)
 
     def refuse(self, task: Task, problem: str, *, size: int = 0) -> None:
-        """Count and log an answer that is not taken; a device that fails too often sits out."""
-        desk, rules = self._desk, self._desk.config.server
+        """Log an answer that is not taken. Unless the device asks for patience it counts: too many, and it sits out."""
+        desk, rules, problem = self._desk, self._desk.config.server, one_line(problem)
         self.refusals.append(f"{task.device}: {problem}")
+        self._tell(task, size=size, refused=problem)
+        if problem.startswith(NOT_NOW):
+            log.info("round %d: %s: %s", task.round, task.device, problem)
+            return
         desk.ledger.refused += 1
         log.warning("round %d: refused %s: %s", task.round, task.device, problem)
-        self._tell(task, size=size, refused=problem)
         if self._kind != Kind.TRAIN:
             return
         standing = desk.roster.did(
@@ -96,11 +124,24 @@ class Reception:
 
     def count(self, task: Task, *, up: int = 0, down: int = 0) -> None:
         """Bytes of frames that crossed the wire for a task."""
+        if down:
+            self.down[task.device] = down
         self._desk.ledger.count(task.device, up=up, down=down, evaluation=self._kind == Kind.EVALUATE)
+
+    def let_off(self, task: Task) -> None:
+        """Others were quick enough: the device is not waited for, and that is no failure."""
+        down = self.down.get(task.device, 0)
+        self._desk.watcher.unneeded(round=task.round, phase=self._kind, device=task.device, down=down)
 
     def _tell(self, task: Task, *, size: int, seconds: float = 0.0, refused: str = "") -> None:
         self._desk.watcher.answered(
-            round=task.round, phase=self._kind, device=task.device, size=size, seconds=seconds, refused=refused
+            round=task.round,
+            phase=self._kind,
+            device=task.device,
+            size=size,
+            down=self.down.get(task.device, 0),
+            seconds=seconds,
+            refused=refused,
         )
 
 
@@ -112,18 +153,26 @@ class Collection:
     """
 
     def __init__(
-        self, desk: Desk, tasks: Sequence[Task], kind: Kind, *, journal: Journal | None = None, enough: int = 0
+        self,
+        desk: Desk,
+        tasks: Sequence[Task],
+        kind: Kind,
+        *,
+        journal: Journal | None = None,
+        enough: int = 0,
+        again: bool = False,
     ) -> None:
         """
         Args:
             journal: where good answers are kept until the round's checkpoint is written, and looked for first.
             enough: good answers that end the phase; later ones are not waited for. 0 waits for all.
+            again: this server has collected for this round before: what the journal has was counted then.
         """
         self._desk, self._tasks, self._kind, self._journal, self._enough = desk, tasks, kind, journal, enough
+        self._again = again
         self._reception = Reception(desk, kind)
         self._round = tasks[0].round if tasks else 0
         self._by_node: dict[int, Task] = {}
-        self._down: dict[str, int] = {}
         self._good: dict[str, Update | None] = {}  # None: it waits in the journal
         self._settled: set[str] = set()
         self.seen: list[Update] = []
@@ -145,7 +194,8 @@ class Collection:
                 self._reception.refuse(task, "it is not connected")
             elif task.device not in self._settled and node is not None:
                 self._by_node[node] = task
-        replies = self._desk.courier.exchange(self._parcels(), str(self._round))
+        parcels = self._reception.parcels(self._by_node.items())
+        replies = self._desk.courier.exchange(parcels, str(self._round))
         for task in self._tasks:
             while task.device not in self._settled and not self._is_enough():
                 self._take(next(replies))
@@ -154,19 +204,12 @@ class Collection:
                 self.seen.append(without_tensors(update))
                 yield update
         replies.close()
+        for task in self._tasks:
+            if task.device not in self._settled:
+                self._reception.let_off(task)
 
     def _is_enough(self) -> bool:
         return 0 < self._enough <= len(self._good)
-
-    def _parcels(self) -> Iterator[Parcel]:
-        """Encode each task as its turn comes, and count its bytes."""
-        config = self._desk.config
-        encoder = TaskEncoder(config.wire.down, seed=config.seed)
-        for node, task in self._by_node.items():
-            frame = encoder.encode(task)
-            self._down[task.device] = len(frame)
-            self._reception.count(task, down=len(frame))
-            yield Parcel(node=node, kind=self._kind, frame=frame)
 
     def _take(self, reply: Reply) -> None:
         """One answer; a good one is written down before it counts."""
@@ -176,7 +219,7 @@ class Collection:
         if update is None:
             return
         if self._journal is not None:
-            self._journal.put(task.device, Entry(down=self._down[task.device], frame=reply.frame))
+            self._journal.put(task.device, Entry(down=self._reception.down[task.device], frame=reply.frame))
         self._keep(task, update, size=len(reply.frame))
 
     def _recall(self, task: Task) -> None:
@@ -190,8 +233,9 @@ class Collection:
             log.warning("round %d: the journal's answer of %s is not used: %s", self._round, task.device, error)
             return
         self._settled.add(task.device)
-        self._reception.count(task, up=len(entry.frame), down=entry.down)
-        self._keep(task, update, size=len(entry.frame))
+        up, down = (0, 0) if self._again else (len(entry.frame), entry.down)
+        self._reception.count(task, up=up, down=down)
+        self._keep(task, update, size=up)
 
     def _keep(self, task: Task, update: Update, *, size: int) -> None:
         self._good[task.device] = None if self._journal is not None else update
@@ -207,3 +251,24 @@ class Collection:
         if entry is None:
             raise ValueError(f"the journal must keep the answer of {task.device} until the round is done, it is gone")
         return self._reception.open(task, entry.frame)
+
+
+class TooFew(ValueError):  # noqa: N818 - what went wrong with a round, as one says it
+    """A round got fewer good updates than the recipe's minimum."""
+
+
+class Answers(Protocol):
+    """What a phase has brought so far."""
+
+    seen: list[Update]
+
+    @property
+    def refusals(self) -> list[str]: ...
+
+
+def at_least(updates: Iterable[Update], answers: Answers, least: int) -> Iterator[Update]:
+    """Pass updates on; raise TooFew at the end when they were fewer than `least`, so that the old state stands."""
+    yield from updates
+    if len(answers.seen) < least:
+        first = f"; the first refusal: {answers.refusals[0]}" if answers.refusals else ""
+        raise TooFew(f"a round needs at least {least} good updates, got {len(answers.seen)}{first}")

@@ -31,9 +31,13 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+from fedloom.protocols.password import HEADER
 
 FINISHED = "finished"
 GONE = "unregistered"
+PAGE, MOST_PAGES = 100, 50  # runs that are listed in one call, and calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +90,22 @@ class Control:
             found = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
         return RunStatus(status=found.status, ending=found.sub_status, details=found.details)
 
-    def unfinished_runs(self) -> list[int]:
-        """The numbers of the latest runs that are not over."""
-        with _told():
-            runs = self._client.ListRuns(ListRunsRequest()).run_dict
-        return [number for number, run in runs.items() if run.status.status != FINISHED]
+    def unfinished_runs(self, settings: Mapping[str, str] | None = None) -> list[int]:
+        """The numbers of the runs that are not over; with `settings`, of those that were started with them.
+
+        Flower lists the newest first, a page at a time.
+        """
+        found: list[int] = []
+        for page in range(MOST_PAGES):
+            with _told():
+                runs = self._client.ListRuns(ListRunsRequest(limit=PAGE, skip=page * PAGE)).run_dict
+            for number, run in runs.items():
+                same = all(run.override_config[key].string == value for key, value in (settings or {}).items())
+                if run.status.status != FINISHED and same:
+                    found.append(number)
+            if len(runs) < PAGE:
+                break
+        return found
 
     def nodes(self) -> list[Node]:
         """Every SuperNode that is registered now."""
@@ -113,13 +128,24 @@ class Control:
         self._client.close()
 
 
-def connect(address: str, ca: Path | None) -> Control:
+class _Password:
+    """Shows the run's password with each request (door.py)."""
+
+    def __init__(self, password: str) -> None:
+        self._password = password
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[HEADER] = self._password
+        return call_next(context)
+
+
+def connect(address: str, ca: Path | None, password: str) -> Control:
     """A client of the SuperLink at host:port on this machine; without a CA's file it speaks no TLS."""
     client = ControlHttpClient.from_server_address(
         server_address=address,
         insecure=ca is None,
         root_certificates=None if ca is None else ca.read_bytes(),
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="fedloom server")],
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="fedloom server"), _Password(password)],
     )
     return Control(client)
 

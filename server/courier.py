@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+
+from fedloom.protocols.validate import one_line
 
 RECORD = "fedloom"  # the one record of every message, with the codec's bytes under this key:
 FRAME = "frame"
@@ -52,17 +55,16 @@ class Courier:
     def exchange(self, parcels: Iterable[Parcel], group: str) -> Generator[Reply, None, None]:
         """Send parcels, made as their turn comes, and yield each one's reply in the order of arrival."""
         coming = iter(parcels)
-        mail = self.mail(group)
+        mail = self.mail(group, window=self._window)
         while True:
-            while mail.room and (some := list(islice(coming, min(self._batch, mail.room)))):
-                yield from mail.send(some)
+            yield from mail.send(coming)
             if mail.empty:
                 return
             yield from mail.poll()
 
-    def mail(self, group: str) -> Mail:
+    def mail(self, group: str, *, window: int = sys.maxsize) -> Mail:
         """An exchange to which parcels may be added while others are under way."""
-        return Mail(self._grid, group, timeout=self._timeout, window=self._window, pause=self._pause, batch=self._batch)
+        return Mail(self._grid, group, timeout=self._timeout, window=window, pause=self._pause, batch=self._batch)
 
 
 class Mail:
@@ -77,21 +79,15 @@ class Mail:
     def empty(self) -> bool:
         return not self._waiting
 
-    @property
-    def room(self) -> int:
-        """How many more parcels may be sent now."""
-        return self._window - len(self._waiting)
-
-    def send(self, parcels: Sequence[Parcel]) -> list[Reply]:
-        """Hand parcels over; the replies are errors for those that Flower did not take."""
-        ids = self._grid.push_messages([to_message(parcel, self._group) for parcel in parcels])
-        lost = []
-        for id_, parcel in zip(ids, parcels, strict=True):
-            if id_:
-                self._waiting[id_] = (parcel.node, time.monotonic() + self._timeout)
-            else:
-                lost.append(Reply(node=parcel.node, error="Flower did not take the message"))
-        return lost
+    def send(self, coming: Iterator[Parcel]) -> Iterator[Reply]:
+        """Hand parcels over, made as their turn comes, while there is room; yields an error for each that is lost."""
+        while some := list(islice(coming, min(self._batch, self._window - len(self._waiting)))):
+            ids = self._grid.push_messages([to_message(parcel, self._group) for parcel in some])
+            for id_, parcel in zip(ids, some, strict=True):
+                if id_:
+                    self._waiting[id_] = (parcel.node, time.monotonic() + self._timeout)
+                else:
+                    yield Reply(node=parcel.node, error="Flower did not take the message")
 
     def poll(self) -> Iterator[Reply]:
         """What has come since, and errors for what is overdue; pauses when there was nothing."""
@@ -118,9 +114,9 @@ def to_message(parcel: Parcel, group: str) -> Message:
 
 
 def to_reply(message: Message, node: int) -> Reply:
-    """The frame in an answer, or the reason why there is none."""
+    """The frame in an answer, or the reason why there is none; Flower's may be a traceback, and becomes one line."""
     if message.has_error():
-        return Reply(node=node, error=f"Flower error {message.error.code}: {message.error.reason}")
+        return Reply(node=node, error=one_line(f"Flower error {message.error.code}: {message.error.reason}"))
     record = message.content.get(RECORD)
     frame = record.get(FRAME) if isinstance(record, ConfigRecord) else None
     if not isinstance(frame, bytes):

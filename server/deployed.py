@@ -11,23 +11,25 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
 from fedloom.server.app import Plan, coordinate
 from fedloom.server.bundle_app import SETTING
+from fedloom.server.disk import room_for
+from fedloom.server.enrolled import Enrolled
 from fedloom.server.events import EVENTS_FILE, EventLog
 from fedloom.server.loop import CHECKPOINTS
 from fedloom.server.orders import Orders, read_orders
-from fedloom.server.processes import MARK
+from fedloom.server.processes import MARK, birth, private
 from fedloom.server.standing import Stage, Standing, write_standing
+from fedloom.server.superlink import FOLDER
 
 log = logging.getLogger("fedloom.server")
 
@@ -41,34 +43,13 @@ def run_in(out: Path, grid: Grid, run_id: int) -> None:
     """Do what OUT/plan.json says on a grid, and leave word of how it went.
 
     Raises:
-        ValueError: for whatever the round loop refuses, or when too few devices come.
+        ValueError: for whatever the round loop refuses, when too few devices come, or OUT is somebody else's.
     """
-    with _alone(out):
+    with private(out), room_for(out), _alone(out):
         post = Post(out, run_id)
-        post(Stage.STARTED)
         try:
-            orders = read_orders(out)
-            patient = PatientGrid(grid, orders, _before(out, orders), post)
-            patient.wait()
-            post(Stage.RUNNING)
-            events = EventLog(out / EVENTS_FILE)
-            plan = Plan(
-                config=orders.config,
-                out=out,
-                run=orders.run,
-                resume=True,
-                durable=True,
-                window=WINDOW,
-                pause=POLL_SECONDS,
-            )
-            try:
-                coordinate(patient, plan, events)
-                events.finished()
-            except ValueError as error:
-                events.stopped(str(error))
-                raise
-            finally:
-                events.close()
+            with room_for(out):
+                _run(out, grid, post)
         except BaseException as error:
             kind = type(error).__name__
             post(Stage.FAILED, error=" ".join(str(error).split()) or kind, kind=kind)
@@ -76,15 +57,38 @@ def run_in(out: Path, grid: Grid, run_id: int) -> None:
         post(Stage.FINISHED)
 
 
+def _run(out: Path, grid: Grid, post: Post) -> None:
+    """Wait for the devices and drive the rounds."""
+    post(Stage.STARTED)
+    orders = read_orders(out)
+    owners = None if orders.names is None else Enrolled(out / FOLDER).names
+    patient = PatientGrid(grid, orders, _before(out, orders), post, owners)
+    patient.wait()
+    post(Stage.RUNNING)
+    events = EventLog(out / EVENTS_FILE)
+    plan = Plan(
+        config=orders.config, out=out, run=orders.run, resume=True, durable=True, window=WINDOW, pause=POLL_SECONDS
+    )
+    try:
+        coordinate(patient, plan, events, owners)
+        events.finished()
+    except ValueError as error:
+        with suppress(OSError):  # on a full disk, there may be no room for the line that says so
+            events.stopped(str(error))
+        raise
+    finally:
+        events.close()
+
+
 class Post:
     """Says in OUT/serverapp.json where this process stands."""
 
     def __init__(self, out: Path, run_id: int) -> None:
         self._out, self._run_id = out, run_id
-        self._created = psutil.Process().create_time()
+        self._born = birth(os.getpid())
 
     def __call__(self, stage: Stage, **about: Any) -> None:
-        standing = Standing(pid=os.getpid(), created=self._created, run_id=self._run_id, stage=stage, **about)
+        standing = Standing(pid=os.getpid(), born=self._born, run_id=self._run_id, stage=stage, **about)
         write_standing(self._out, standing)
 
 
@@ -94,26 +98,35 @@ class PatientGrid(Grid):
     First for as many as the settings ask for. After a restart also, for less long, for those that took part before: a
     device may be gone for a moment because of what killed the server, and a round that went on without it would be
     another one than was cut.
+
+    Where devices have keys, a node that is on nobody's name is not there: its key was taken back, or was let in a
+    moment ago and is not written down yet.
     """
 
-    def __init__(self, grid: Grid, orders: Orders, before: int, post: Post) -> None:
-        self._grid, self._orders, self._post = grid, orders, post
+    def __init__(
+        self, grid: Grid, orders: Orders, before: int, post: Post, owners: Callable[[], Mapping[int, str]] | None = None
+    ) -> None:
+        """`owners` gives the device of each node, by the keys."""
+        self._grid, self._orders, self._post, self._owners = grid, orders, post, owners
         self._needed = max(orders.wait_for, before)
         self._began = time.monotonic()
         self._rejoined = self._began + min(orders.rejoin_seconds, orders.wait_seconds)
+        self._least = orders.wait_for  # to begin with; from then on, those who are left go on
 
     def wait(self) -> list[int]:
-        """The nodes that are connected, once there are enough of them.
+        """The nodes that are connected, once there are enough of them, or time is up for those that came once and left.
 
         Raises:
             ValueError: when too few come.
         """
-        told, least = -1, self._orders.wait_for
+        told, least = -1, self._least
         while True:
-            nodes, now = list(self._grid.get_node_ids()), time.monotonic()
+            nodes, now = self._connected(), time.monotonic()
             if len(nodes) >= self._needed:
+                self._least = 1
                 return nodes
             if len(nodes) >= least and now >= self._rejoined:
+                self._least = 1
                 log.warning("going on with %d of the %d devices that took part before", len(nodes), self._needed)
                 return nodes
             if now - self._began >= self._orders.wait_seconds:
@@ -126,10 +139,17 @@ class PatientGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         if time.monotonic() >= self._rejoined or self._orders.config.server.mode == "buffered":
-            return self._grid.get_node_ids()
+            return self._connected()
         nodes = self.wait()
         self._post(Stage.RUNNING)
         return nodes
+
+    def _connected(self) -> list[int]:
+        nodes = list(self._grid.get_node_ids())
+        if self._owners is None:
+            return nodes
+        owners = self._owners()
+        return [node for node in nodes if node in owners]
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)
@@ -160,7 +180,7 @@ def _before(out: Path, orders: Orders) -> int:
             roster: Mapping[str, object] = json.loads(path.read_bytes())["roster"]
         except (OSError, ValueError, KeyError):
             continue
-        return sum(name in orders.names for name in roster) if orders.names else len(roster)
+        return len(roster) if orders.names is None else sum(name in orders.names for name in roster)
     return 0
 
 

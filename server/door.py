@@ -1,12 +1,14 @@
 """The SuperLink with its door kept: devices reach the API that is for devices, and only with a key that is let in.
 
 Flower 1.41 serves three APIs on one port. Two of them, Control (which starts runs of any code) and Runtime (which hands
-out a ServerApp's tasks), take no password. So a connection from another machine gets the Fleet API and nothing else;
-there, a key that is unknown or revoked is turned away before its request is read, and no request may be larger than
-a message of the run. A device that starts again finds its place free: Flower would hold it for the connection that was
-lost, for up to a minute.
+out a ServerApp's tasks), take no password. So a connection from another machine gets the Fleet API and nothing else,
+and one from this machine must show the run's password (protocols/password.py) for the other two. On the Fleet API a key
+that is unknown or revoked is turned away before its request is read, no request may be larger than a message of the
+run, and nobody answers in another's name. A device that starts again finds its place free: Flower would hold it for the
+connection that was lost, for up to a minute.
 
-    python -m fedloom.server.door SUPERLINK_ARGUMENTS    with FEDLOOM_DOOR naming the folder of door.json
+    python -m fedloom.server.door SUPERLINK_ARGUMENTS    with FEDLOOM_DOOR naming the folder of door.json,
+                                                         and FEDLOOM_PASSWORD
 """
 
 from __future__ import annotations
@@ -15,27 +17,33 @@ import json
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.superlink import extensions
 from flwr.superlink.cli import flower_superlink
+from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 
+from fedloom.protocols.password import is_shown, own
 from fedloom.server.guestbook import GuestList, Guests, VisitLog, key_digest, sent_key
-from fedloom.server.presence import CONFIRM, ENTER, FLEET, LEAVE, OBJECT, POLL, Presence
+from fedloom.server.presence import ANSWER, CONFIRM, ENTER, FLEET, LEAVE, OBJECT, POLL, Presence
 from fedloom.server.settings import is_loopback
 
 DOOR = "FEDLOOM_DOOR"
 HEALTH = "/health"
 KEY_HEADER = b"flwr-public-key"
-PROTOBUF = b"application/x-protobuf"
+PROTOBUF = b"application/protobuf"
 SMALL = 2**16  # bytes of a request that only asks for entry
 HELD = 412  # how Flower answers a device whose place is still held by another connection
 OVER = 403  # how Flower answers what belongs to a run that is over
+AHEAD, BEHIND = SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE + TIMESTAMP_TOLERANCE  # s that a clock may be off
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -57,8 +65,8 @@ class Visitor:
 class Door:
     """Middleware around everything that Flower serves. It lives in the server's one event loop, so needs no lock."""
 
-    def __init__(self, app: App, *, guests: GuestList, visits: VisitLog) -> None:
-        self._app, self._guests, self._visits = app, guests, visits
+    def __init__(self, app: App, *, guests: GuestList, visits: VisitLog, password: str) -> None:
+        self._app, self._guests, self._visits, self._password = app, guests, visits, password
         self._opened = time.monotonic()
         self._present: dict[str, Presence] = {}  # by digest of a key that is let in
 
@@ -66,11 +74,16 @@ class Door:
         path, address = str(scope.get("path")), (scope.get("client") or ("", 0))[0]
         if scope["type"] == "http" and path.startswith(FLEET):
             await self._fleet(scope, receive, send, address)
-        elif scope["type"] == "lifespan" or _is_local(scope) or (scope["type"], path) == ("http", HEALTH):
+        elif scope["type"] == "lifespan" or (scope["type"], path) == ("http", HEALTH):
             await self._app(scope, receive, send)
-        else:
+        elif not _is_local(scope):
             self._visits("refused", address=address, why=f"{path[:80]} is for this machine alone")
             await _refuse(scope, send, 403, "not for devices")
+        elif not is_shown(scope["headers"], self._password):
+            self._visits("refused", address=address, why=f"{path[:80]} is for this run's own processes alone")
+            await _refuse(scope, send, 401, "not without the run's password")
+        else:
+            await self._app(scope, receive, send)
 
     async def _fleet(self, scope: Scope, receive: Receive, send: Send, address: str) -> None:
         """Let a known key's request pass; an unknown one's is not read."""
@@ -105,11 +118,15 @@ class Door:
                 await self._enter(scope, meter, who, device)
             elif path in (OBJECT, CONFIRM):
                 await self._message(scope, meter, who, confirmed=path == CONFIRM)
+            elif path == ANSWER:
+                await self._answer(scope, meter, who)
             else:
                 await self._app(scope, meter.receive, meter.send)
         finally:
             device.inside -= 1
         device.heard(path, meter.status, meter.sent)
+        if meter.status == 401 and (wrong := clock_problem(dict(scope["headers"]), time.time())):
+            self._visits("refused", device=who.device, address=who.address, why=wrong)
         if path in (ENTER, LEAVE) and 0 < meter.status < 400:
             self._visits("connected" if path == ENTER else "left", device=who.device, address=who.address)
 
@@ -165,6 +182,28 @@ class Door:
         else:
             for message in answer:
                 await meter.send(message)
+
+    async def _answer(self, scope: Scope, meter: Meter, who: Visitor) -> None:
+        """Pass an answer on if it is the device's own. Flower checks who asks, and not in whose name the answer is."""
+        body = bytearray()
+        while True:
+            message = await meter.receive()
+            if message["type"] != "http.request":
+                await _refuse(scope, meter.send, 413, "too large")  # or it broke off, and hears nothing
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        if not _is_own(bytes(body)):
+            self._visits("refused", device=who.device, address=who.address, why="it answers in another device's name")
+            await _refuse(scope, meter.send, 403, "not in another's name")
+            return
+        whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def again() -> Message:
+            return whole.pop() if whole else await meter.receive()
+
+        await self._app(scope, again, meter.send)
 
     async def _kept(self, scope: Scope, meter: Meter) -> tuple[int, list[Message]]:
         """Flower's answer, kept back: its status and its messages."""
@@ -224,6 +263,28 @@ def _problem(guests: Guests, who: Visitor) -> str:
     return f"its key is unknown ({who.digest[:12]})" if who.key else "it shows no key"
 
 
+def _is_own(body: bytes) -> bool:
+    """Whether every message of a push comes from the node that pushes it, whose key Flower then checks."""
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return True  # Flower says so itself
+    return all(message.metadata.src_node_id == request.node.node_id for message in request.messages_list)
+
+
+def clock_problem(headers: Mapping[bytes, bytes], now: float) -> str:
+    """What is wrong with the clock behind a signed request; empty if nothing. `now` is this machine's (Unix seconds).
+
+    Flower answers a request from another time as it answers one that is not signed.
+    """
+    try:
+        signed = datetime.fromisoformat(headers.get(TIMESTAMP_HEADER.encode(), b"").decode("ascii"))
+        ahead = signed.timestamp() - now
+    except (ValueError, OverflowError, OSError):
+        return ""
+    return "" if -BEHIND < ahead < AHEAD else f"its clock is {abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}"
+
+
 def _is_local(scope: Scope) -> bool:
     """Whether a connection comes from this machine: from a loopback address, or from the address that it came to."""
     client, server = scope.get("client"), scope.get("server")
@@ -242,7 +303,7 @@ async def _refuse(scope: Scope, send: Send, status: int, why: str) -> None:
 def main() -> None:
     """Flower's SuperLink behind the door."""
     folder = Path(os.environ[DOOR])
-    door = Middleware(Door, guests=GuestList(folder), visits=VisitLog(folder))
+    door = Middleware(Door, guests=GuestList(folder), visits=VisitLog(folder), password=own())
     extensions.get_middleware = lambda: (door,)
     sys.argv[0] = "flower-superlink"
     flower_superlink()

@@ -1,6 +1,7 @@
 """events.jsonl: what happens in a run as it happens, one JSON object a line, for whoever looks on from outside.
 
-Every line has `time` (Unix seconds) and `event`: started, joined, phase, answer, quarantined, round, finished, stopped.
+Every line has `time` (Unix seconds) and `event`: joined, left_out, started, phase, answer, unneeded, quarantined,
+round, finished, stopped.
 """
 
 from __future__ import annotations
@@ -42,16 +43,25 @@ class EventLog:
     def began(self, *, round: int, rounds: int, phase: str, devices: Sequence[str]) -> None:
         self._write("phase", round=round, rounds=rounds, phase=phase, devices=list(devices))
 
-    def answered(self, *, round: int, phase: str, device: str, size: int, seconds: float, refused: str) -> None:
+    def left_out(self, *, device: str, reason: str) -> None:
+        self._write("left_out", device=device, reason=reason)
+
+    def answered(
+        self, *, round: int, phase: str, device: str, size: int, down: int, seconds: float, refused: str
+    ) -> None:
         self._write(
             "answer",
             round=round,
             phase=phase,
             device=device,
             bytes=size,
+            down=down,
             seconds=float(f"{seconds:.3f}"),
             refused=refused,
         )
+
+    def unneeded(self, *, round: int, phase: str, device: str, down: int) -> None:
+        self._write("unneeded", round=round, phase=phase, device=device, down=down)
 
     def rested(self, *, device: str, until: int, reason: str) -> None:
         self._write("quarantined", device=device, until=until, reason=reason)

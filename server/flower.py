@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerBase
 
-from fedloom.protocols.codec import TaskEncoder, decode_answer
+from fedloom.protocols.codec import TaskEncoder
 from fedloom.protocols.config import RunConfig, build_config, override, read_recipe
-from fedloom.protocols.messages import Hello, Kind, Payload, Refusal, Task, Update
+from fedloom.protocols.messages import Kind, Payload, Task
 from fedloom.server.app import build_strategy
-from fedloom.server.collect import Collection, Desk
+from fedloom.server.collect import Collection, Desk, at_least
 from fedloom.server.complete import complete
 from fedloom.server.courier import Courier, Parcel, Reply, to_message, to_reply
+from fedloom.server.greeting import drop_unfit, greet, leave_out, muster, unfit
 from fedloom.server.ledger import Ledger
 from fedloom.server.pooling import pool
 from fedloom.server.roster import Roster
@@ -139,15 +140,16 @@ class FlowerStrategy(FlowerBase):
             and the run's bytes so far; (None, None), the state being what it was, when too few updates were good.
         """
         run, answers = self._receive(replies)
+        refused = run.ledger.refused
         try:
-            run.state = self._strategy.aggregate(run.state, _at_least(answers, self._config.server.min_updates))
+            run.state = self._strategy.aggregate(run.state, at_least(answers, answers, self._config.server.min_updates))
         except ValueError as error:
             log.error("round %d changes nothing: %s", server_round, error)
             return None, None
         metrics = {
             "loss": pool([update.metrics for update in answers.seen]).get("loss", 0.0),
             "updates": len(answers.seen),
-            "refused": len(answers.refusals),
+            "refused": run.ledger.refused - refused,
             "device_seconds": sum(update.cost.seconds for update in answers.seen),
             "bytes_up": run.ledger.up,
             "bytes_down": run.ledger.down,
@@ -211,45 +213,32 @@ class FlowerStrategy(FlowerBase):
                 "arrays must be those of the round before as they were: what changes them (Flower's wrappers for "
                 "privacy, a loop of your own) does not change the model"
             )
-        for node, hello in self._greet(courier, run.roster.present(nodes))[0].items():
+        hellos, _ = greet(courier, run.roster.present(nodes), self._config, Silent())
+        for node, hello in hellos.items():
+            device = hello.report.device
             try:
-                self._strategy.plan(run.state, [hello.report], round)  # one that cannot be planned for stays out
+                if problem := unfit(self._strategy, run.state, [hello.report], round).get(device):
+                    raise ValueError(problem)
                 run.roster.join(node, hello)
             except ValueError as error:
-                log.warning("node %d is left out: %s", node, error)
+                leave_out(Silent(), device, str(error))
         return run
 
     def _begin(self, courier: Courier, nodes: Sequence[int], arrays: ArrayRecord) -> _Run:
-        hellos, problems = self._greet(courier, nodes)
+        hellos, problems = greet(courier, nodes, self._config, Silent())
         if not hellos and problems:
             raise ValueError(problems[0])
         if not arrays:
-            roster = Roster(hellos)
+            roster = muster(hellos, Silent())
             state = self._strategy.init(roster.spec, self._config.seed, roster.reports())
-            self._strategy.plan(state, roster.reports(), 1)  # one that cannot be planned for is an error now, not later
-            return _Run(roster=roster, state=state, arrays=arrays)
-        # What devices hold is of another run, and no use here: they get the whole patch.
-        fresh = {n: replace(h, report=replace(h.report, version=0, state_round=0)) for n, h in hellos.items()}
-        roster, earlier = Roster(fresh), _unpack(arrays)
-        earlier.must_fit(self._config.strategy.name, roster.spec)
-        return _Run(roster=roster, state=earlier.state, arrays=arrays)
-
-    def _greet(self, courier: Courier, nodes: Sequence[int]) -> tuple[dict[int, Hello], list[str]]:
-        """Ask nodes who they are and which model they hold; a line for each that does not say."""
-        hellos: dict[int, Hello] = {}
-        problems: list[str] = []
-        for reply in courier.exchange([Parcel(node=node, kind="query", frame=b"") for node in nodes], "0"):
-            try:
-                if reply.error:
-                    raise ValueError(reply.error)
-                answer = decode_answer(reply.frame, (Hello, Refusal), limit=self._config.wire.limit_mb * 2**20)
-                if isinstance(answer, Refusal):
-                    raise ValueError(answer.reason)
-                hellos[reply.node] = answer
-            except ValueError as error:
-                problems.append(str(error))
-                log.warning("node %d is left out: %s", reply.node, error)
-        return hellos, problems
+        else:
+            # What devices hold is of another run, and no use here: they get the whole patch.
+            fresh = {n: replace(h, report=replace(h.report, version=0, state_round=0)) for n, h in hellos.items()}
+            earlier = _unpack(arrays)
+            roster, state = muster(fresh, Silent(), prefer=earlier.spec), earlier.state
+            earlier.must_fit(self._config.strategy.name, roster.spec)
+        drop_unfit(roster, self._strategy, state, 1, Silent())
+        return _Run(roster=roster, state=state, arrays=arrays)
 
     def _send(self, run: _Run, tasks: Sequence[Task], recipe: RunConfig, kind: Kind) -> Sequence[Message]:
         """Encode a phase's tasks, count their bytes, and keep what their answers are held against."""
@@ -390,11 +379,3 @@ def _wait(courier: Courier, least: int) -> list[int]:
         time.sleep(PAUSE)
         nodes = courier.nodes()
     return nodes
-
-
-def _at_least(answers: Collection, least: int) -> Iterator[Update]:
-    """Pass updates on; raise at the end when there were too few, so that the old state stands."""
-    yield from answers
-    if len(answers.seen) < least:
-        first = f"; the first refusal: {answers.refusals[0]}" if answers.refusals else ""
-        raise ValueError(f"a round needs at least {least} good updates, got {len(answers.seen)}{first}")

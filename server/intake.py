@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.protocols.config import Train
-from fedloom.protocols.messages import Array, Kind, ModelSpec, Over, Payload, Task, Update
+from fedloom.protocols.messages import Array, Kind, ModelSpec, Over, Payload, Refusal, Task, Update
 from fedloom.protocols.seeds import draw_indices
 from fedloom.strategies import intake as strategies_intake
 from fedloom.strategies.masked import check_within
@@ -24,6 +25,7 @@ MOST_EXAMPLES: Final = 2**31
 MOST_METRICS: Final = 64
 LARGEST_METRIC: Final = 1e15
 LONGEST: Final = 1e8  # seconds of a task
+NO_REASON: Final = "no reason given"
 
 
 def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
@@ -34,10 +36,7 @@ def check_update(update: Update, task: Task, spec: ModelSpec) -> None:
             unknown or missing module, a unit that its task has dropped, a wrong shape, rank or alpha, a value that is
             not finite or absurdly large, or metrics that cannot be pooled.
     """
-    for name in ("run", "round", "device", "kind", "nonce"):
-        asked, got = getattr(task, name), getattr(update, name)
-        if asked != got:
-            raise ValueError(f"an update's {name} must be its task's {asked!r}, got {got!r}")
+    _check_named(update, task, "an update", ("run", "round", "device", "kind", "nonce"))
     if update.examples < 0:
         raise ValueError(f"an update must count examples >= 0, got {update.examples}")
     if update.examples > MOST_EXAMPLES:
@@ -100,6 +99,25 @@ def _check_kept(update: Update, task: Task, spec: ModelSpec) -> None:
     if task.ranks and update.payload.factors.keys() != task.ranks.keys():
         differ = sorted(update.payload.factors.keys() ^ task.ranks.keys())[:3]
         raise ValueError(f"an update must carry the modules of its task's ranks, got a difference in {differ}")
+
+
+def check_refusal(refusal: Refusal, task: Task) -> None:
+    """Hold a device's 'no' against its task: an old or a borrowed one says nothing of this task.
+
+    Raises:
+        ValueError: for a refusal of another task, and what it said.
+    """
+    try:
+        _check_named(refusal, task, "a refusal", ("run", "round", "device", "nonce"))  # the nonce is of one kind alone
+    except ValueError as error:
+        raise ValueError(f"{error}; it said: {refusal.reason or NO_REASON}") from None
+
+
+def _check_named(answer: Update | Refusal, task: Task, what: str, names: Sequence[str]) -> None:
+    for name in names:
+        asked, got = getattr(task, name), getattr(answer, name)
+        if asked != got:
+            raise ValueError(f"{what}'s {name} must be its task's {asked!r}, got {got!r}")
 
 
 def _check_size(name: str, values: Array, largest: float) -> None:

@@ -1,7 +1,8 @@
 """The journal of the running round: what was asked, and every good answer, on disk before it is merged.
 
     journal/round-000007-train/plan.json     the reports that the round was planned from
-    journal/round-000007-train/HASH.frame    one accepted answer: 8 bytes, the task's size (little-endian); the frame
+    journal/round-000007-train/HASH.frame    one accepted answer: the task's size (8 bytes, little-endian), the CRC-32
+                                             of these 8 bytes, and the frame, which has checksums of its own
 
 A server that is killed in a round plans the same tasks again from the same reports, takes the answers that it had
 accepted from here, and asks only the devices that are missing. Each file is whole or not there at all.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from fedloom.protocols.messages import DeviceReport
 from fedloom.server.disk import sealed, unsealed, write_whole
 
 PLAN_FILE = "plan.json"
-_DOWN = struct.Struct("<Q")
+_HEAD = struct.Struct("<QI")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class Journal:
         write_whole(self._folder / PLAN_FILE, sealed({"devices": [asdict(report) for report in reports]}))
 
     def put(self, device: str, entry: Entry) -> None:
-        write_whole(self._path(device), _DOWN.pack(entry.down) + entry.frame)
+        write_whole(self._path(device), _head(entry.down) + entry.frame)
 
     def get(self, device: str) -> Entry | None:
         """The accepted answer of a device; None where there is none, or a damaged one."""
@@ -72,13 +74,18 @@ class Journal:
             data = self._path(device).read_bytes()
         except FileNotFoundError:
             return None
-        if len(data) < _DOWN.size:
+        if len(data) < _HEAD.size:
             return None
-        return Entry(down=_DOWN.unpack_from(data)[0], frame=data[_DOWN.size :])
+        down, _ = _HEAD.unpack_from(data)
+        return Entry(down=down, frame=data[_HEAD.size :]) if data.startswith(_head(down)) else None
 
     def _path(self, device: str) -> Path:
         """A device's file: names come from the network, so only their hash becomes part of a path."""
         return self._folder / f"{hashlib.sha256(device.encode()).hexdigest()[:32]}.frame"
+
+
+def _head(down: int) -> bytes:
+    return _HEAD.pack(down, zlib.crc32(down.to_bytes(8, "little")))
 
 
 def close_journal(folder: Path) -> None:

@@ -16,6 +16,7 @@ import binascii
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -261,7 +262,7 @@ class Consortium:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             elif not self.folder.is_dir():
                 raise ValueError(f"{self.folder} is not there: `fedloom keys init` makes a consortium's keys")
-            with (self.folder / ".lock").open("a") as lock:
+            with _for_the_owner(), (self.folder / ".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 (self.folder / "devices").mkdir(exist_ok=True)
                 yield
@@ -318,6 +319,16 @@ class Consortium:
 
     def _stamp(self) -> str:
         return self._clock().isoformat(timespec="seconds")
+
+
+@contextmanager
+def _for_the_owner() -> Iterator[None]:
+    """Have what is made meanwhile be for its owner alone, whatever the umask was."""
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
 
 
 def _with_loopback(hosts: Sequence[str]) -> tuple[str, ...]:

@@ -14,24 +14,23 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.protocols.codec import decode_answer
 from fedloom.protocols.config import RunConfig
-from fedloom.protocols.messages import DeviceReport, Hello, Kind, ModelSpec, Refusal, Task, Update
+from fedloom.protocols.messages import DeviceReport, Hello, Kind, ModelSpec, Task, Update
 from fedloom.server.assigned import assigned
 from fedloom.server.buffered import Buffer
 from fedloom.server.checkpoint import Checkpoint, latest_checkpoint, write_checkpoint
-from fedloom.server.collect import Collection, Desk
+from fedloom.server.collect import Collection, Desk, TooFew, at_least, largest_frame
 from fedloom.server.complete import complete
-from fedloom.server.courier import Courier, Parcel
+from fedloom.server.courier import Courier
+from fedloom.server.greeting import drop_unfit, greet, leave_out, muster, unfit
 from fedloom.server.journal import Journal, close_journal
 from fedloom.server.ledger import Ledger
 from fedloom.server.pooling import pool
-from fedloom.server.roster import Roster
 from fedloom.server.track import open_trackers
 from fedloom.server.watch import Silent, Watcher
 from fedloom.strategies.base import State, Strategy
@@ -56,17 +55,25 @@ class Coordinator:
     """One run of one recipe on one grid."""
 
     def __init__(
-        self, courier: Courier, config: RunConfig, strategy: Strategy, out: Path, *, run: str, durable: bool = False
+        self,
+        courier: Courier,
+        config: RunConfig,
+        strategy: Strategy,
+        out: Path,
+        *,
+        run: str,
+        durable: bool = False,
+        owners: Callable[[], Mapping[int, str]] | None = None,
     ) -> None:
         """
         Args:
             run: names the run in every message; the same name resumes it, another refuses its checkpoints.
             durable: keep accepted answers on disk until their round's checkpoint is written, so that a server which is
                 killed in a round does not ask for them again.
+            owners: gives the device that each node's key was given to; a node that calls itself another is left out.
         """
         self._courier, self._config, self._strategy, self._out, self._run = courier, config, strategy, out, run
-        self._durable = durable
-        self._limit = config.wire.limit_mb * 2**20
+        self._durable, self._owners = durable, owners
         self._ledger = Ledger()
         self._watcher: Watcher = Silent()
         self._buffer: Buffer | None = None
@@ -83,10 +90,9 @@ class Coordinator:
         """
         self._watcher = watcher or self._watcher
         self._out.mkdir(parents=True, exist_ok=True)
-        self._roster = self._first_roster()
+        state, done = self._begin(resume)
         if self._config.server.mode == "buffered":
             self._buffer = Buffer(self._desk(), self._strategy, self._complete)
-        state, done = self._begin(resume)
         config, known = self._config, [report.device for report in self._roster.reports()]
         self._watcher.started(
             run=self._run,
@@ -119,76 +125,54 @@ class Coordinator:
                 tracker.close()
         return Outcome(state=state, spec=self._roster.spec, history=history)
 
-    def _first_roster(self) -> Roster:
+    def _begin(self, resume: bool) -> tuple[State, int]:
+        """Meet the devices; the state to start from and the round it stands after, -1 before anything was evaluated."""
+        checkpoint, complaints = latest_checkpoint(self._out / CHECKPOINTS)
+        if checkpoint is not None and not resume:
+            raise ValueError(f"{self._out} already holds a run: resume it or choose another folder")
+        if checkpoint is not None and checkpoint.run != self._run:
+            raise ValueError(f"a run resumes with the recipe it began with ({checkpoint.run}), got {self._run}")
+        for complaint in complaints:
+            log.warning("%s; going back to the one before", complaint)
         hellos, problems = self._greet(self._courier.nodes())
         if not hellos and problems:
             raise ValueError(problems[0])
-        roster = Roster(hellos)
-        for hello in hellos.values():
-            self._watcher.joined(report=hello.report)
-        return roster
+        roster = self._roster = muster(hellos, self._watcher, prefer=checkpoint.spec if checkpoint else None)
+        if checkpoint is None:
+            fleet = roster.reports()
+            _check_size(roster.spec, fleet, largest_frame(self._config))
+            state, done = self._strategy.init(roster.spec, self._config.seed, fleet), -1
+        elif checkpoint.spec == roster.spec:
+            state, done = checkpoint.state, checkpoint.round
+            self._ledger = Ledger.restore(checkpoint.ledger, checkpoint.refused)
+        else:
+            raise ValueError(
+                f"the checkpoint is for base {checkpoint.spec.base_hash[:12]}, "
+                f"the devices hold {roster.spec.base_hash[:12]}"
+            )
+        drop_unfit(roster, self._strategy, state, max(done, 0) + 1, self._watcher)
+        for device in roster.restore(checkpoint.roster) if checkpoint else ():
+            log.warning("%s lost its model since the checkpoint; it gets the whole patch again", device)
+        for report in roster.reports():
+            self._watcher.joined(report=report)
+        return state, done
 
     def _admit(self, state: State, round: int) -> None:
         """See who is connected, and take in the devices that came since; one that no task fits stays out."""
         hellos, _ = self._greet(self._roster.present(self._courier.nodes()))
         for node, hello in hellos.items():
+            device = hello.report.device
             try:
-                self._strategy.plan(state, [replace(hello.report, version=0)], round)  # one that cannot be planned for
+                if problem := unfit(self._strategy, state, [hello.report], round).get(device):
+                    raise ValueError(problem)
                 self._roster.join(node, hello)
                 self._watcher.joined(report=hello.report)
             except ValueError as error:
-                log.warning("node %d is left out: %s", node, error)
+                leave_out(self._watcher, device, str(error))
 
     def _greet(self, nodes: Sequence[int]) -> tuple[dict[int, Hello], list[str]]:
-        """Ask nodes who they are and which model they hold; a line for each that does not say."""
-        hellos: dict[int, Hello] = {}
-        problems: list[str] = []
-        if not nodes:
-            return hellos, problems
-        names = [str(node) for node in nodes]
-        self._watcher.began(round=0, rounds=self._config.server.rounds, phase="hello", devices=names)
-        parcels = [Parcel(node=node, kind="query", frame=b"") for node in nodes]
-        for reply in self._courier.exchange(parcels, "0"):
-            problem, name = "", str(reply.node)
-            try:
-                if reply.error:
-                    raise ValueError(reply.error)
-                answer = decode_answer(reply.frame, (Hello, Refusal), limit=self._limit)
-                if isinstance(answer, Refusal):
-                    raise ValueError(answer.reason)
-                hellos[reply.node], name = answer, answer.report.device
-            except ValueError as error:
-                problem = str(error)
-                problems.append(problem)
-                log.warning("node %d is left out: %s", reply.node, error)
-            size = len(reply.frame)
-            self._watcher.answered(round=0, phase="hello", device=name, size=size, seconds=0.0, refused=problem)
-        return hellos, problems
-
-    def _begin(self, resume: bool) -> tuple[State, int]:
-        """The state to start from and the round it stands after; -1 before anything was evaluated."""
-        checkpoint, complaints = latest_checkpoint(self._out / CHECKPOINTS)
-        if checkpoint is not None and not resume:
-            raise ValueError(f"{self._out} already holds a run: resume it or choose another folder")
-        for complaint in complaints:
-            log.warning("%s; going back to the one before", complaint)
-        if checkpoint is None:
-            fleet = self._roster.reports()
-            _check_size(self._roster.spec, fleet, self._limit)
-            state = self._strategy.init(self._roster.spec, self._config.seed, fleet)
-            self._strategy.plan(state, fleet, 1)  # a device that cannot be planned for is an error now, not later
-            return state, -1
-        if checkpoint.run != self._run:
-            raise ValueError(f"a run resumes with the recipe it began with ({checkpoint.run}), got {self._run}")
-        if checkpoint.spec != self._roster.spec:
-            raise ValueError(
-                f"the checkpoint is for base {checkpoint.spec.base_hash[:12]}, "
-                f"the devices hold {self._roster.spec.base_hash[:12]}"
-            )
-        for device in self._roster.restore(checkpoint.roster):
-            log.warning("%s lost its model since the checkpoint; it gets the whole patch again", device)
-        self._ledger = Ledger.restore(checkpoint.ledger, checkpoint.refused)
-        return checkpoint.state, checkpoint.round
+        owners = self._owners() if self._owners else None
+        return greet(self._courier, nodes, self._config, self._watcher, owners)
 
     def _round(self, state: State, round: int) -> tuple[State, dict[str, Any]]:
         """Round 0 only evaluates the base."""
@@ -209,7 +193,7 @@ class Coordinator:
         rules = self._config.server
         for attempt in range(rules.retries + 1):
             try:
-                return self._merge(state, round, record)
+                return self._merge(state, round, record, again=attempt > 0)
             except TooFew as error:
                 if attempt == rules.retries:
                     raise
@@ -218,35 +202,44 @@ class Coordinator:
                 self._admit(state, round)
         raise ValueError(f"retries must be >= 0, got {rules.retries}")
 
-    def _merge(self, state: State, round: int, record: dict[str, Any]) -> State:
+    def _merge(self, state: State, round: int, record: dict[str, Any], *, again: bool) -> State:
         rules = self._config.server
         if self._buffer is not None:
             buffer = self._buffer
-            state = self._strategy.aggregate(state, _at_least(buffer.fill(state, round), buffer, rules.min_updates))
+            state = self._strategy.aggregate(state, at_least(buffer.fill(state, round), buffer, rules.min_updates))
             record["staleness"] = sum(buffer.staleness) / len(buffer.staleness)
             _add_up(record, buffer.seen)
             return state
         journal = self._journal(round, Kind.TRAIN)
-
-        def drawn() -> list[DeviceReport]:
-            size = math.ceil(rules.cohort * rules.over_select)
-            return self._roster.draw(size, seed=self._config.seed, round=round)
-
-        cohort = _planned(journal, drawn)
+        noted = journal.planned() if journal else None
+        cohort = self._cohort(noted, round) if again or noted is None else noted
         tasks = [self._complete(task) for task in self._strategy.plan(state, cohort, round)]
-        enough = rules.cohort if rules.over_select > 1 else 0
-        answers = Collection(self._desk(), tasks, Kind.TRAIN, journal=journal, enough=enough)
         if len(tasks) < rules.min_updates:
             raise TooFew(f"a round needs {rules.min_updates} updates, its cohort is {len(tasks)}")
-        state = self._strategy.aggregate(state, _at_least(answers, answers, rules.min_updates))
+        if journal is not None and cohort != noted:
+            journal.plan(cohort)
+        enough = rules.cohort if rules.over_select > 1 else 0
+        answers = Collection(self._desk(), tasks, Kind.TRAIN, journal=journal, enough=enough, again=again)
+        state = self._strategy.aggregate(state, at_least(answers, answers, rules.min_updates))
         _add_up(record, answers.seen)
         if given := assigned(tasks, answers.seen):
             record["assigned"] = given
         return state
 
+    def _cohort(self, noted: Sequence[DeviceReport] | None, round: int) -> list[DeviceReport]:
+        """Who is asked in a round; when it is tried again, those who were `noted` and whoever may stand in for them."""
+        rules = self._config.server
+        size = math.ceil(rules.cohort * rules.over_select)
+        drawn = self._roster.draw(size, seed=self._config.seed, round=round)
+        known = {report.device: report for report in [*drawn, *(noted or ())]}
+        return [known[device] for device in sorted(known)]
+
     def _evaluate(self, state: State, round: int, record: dict[str, Any]) -> None:
         journal = self._journal(round, Kind.EVALUATE)
-        fleet = _planned(journal, self._roster.reports)
+        noted = journal.planned() if journal else None
+        fleet = self._roster.reports() if noted is None else noted
+        if journal is not None and noted is None:
+            journal.plan(fleet)
         tasks = [self._complete(task) for task in self._strategy.plan_evaluation(state, fleet, round)]
         answers = Collection(self._desk(), tasks, Kind.EVALUATE, journal=journal)
         for _ in answers:
@@ -291,21 +284,6 @@ class Coordinator:
         close_journal(self._out / JOURNAL)
 
 
-class TooFew(ValueError):  # noqa: N818 - what went wrong with a round, as one says it
-    """A round got fewer good updates than the recipe's minimum."""
-
-
-def _planned(journal: Journal | None, draw: Callable[[], list[DeviceReport]]) -> list[DeviceReport]:
-    """The devices of a phase as the journal has them, or drawn now and noted there."""
-    noted = journal.planned() if journal else None
-    if noted is not None:
-        return noted
-    drawn = draw()
-    if journal is not None:
-        journal.plan(drawn)
-    return drawn
-
-
 def _add_up(record: dict[str, Any], seen: Sequence[Update]) -> None:
     """What a round's training measured and cost, into its record."""
     record["train_loss"] = pool([update.metrics for update in seen]).get("loss", 0.0)
@@ -317,14 +295,6 @@ def _add_up(record: dict[str, Any], seen: Sequence[Update]) -> None:
         record["device_tensor_mb"] = max(update.cost.peak_tensor_bytes for update in seen) / 2**20
         record["out_of_memory"] = sum(update.cost.out_of_memory for update in seen)
     record["device_peak_mb"] = max(update.cost.peak_rss_bytes for update in seen) / 2**20
-
-
-def _at_least(updates: Iterable[Update], answers: Collection | Buffer, least: int) -> Iterator[Update]:
-    """Pass updates on; raise at the end when there were too few, so that the old state stands."""
-    yield from updates
-    if len(answers.seen) < least:
-        first = f"; the first refusal: {answers.refusals[0]}" if answers.refusals else ""
-        raise TooFew(f"a round needs at least {least} good updates, got {len(answers.seen)}{first}")
 
 
 def _check_size(spec: ModelSpec, fleet: Sequence[DeviceReport], limit: int) -> None:

@@ -20,7 +20,7 @@ class Orders:
         run: its name; a run of another name is not gone on with.
         wait_for: devices that must be connected before the first round, and `wait_seconds` for how long.
         rejoin_seconds: how long to wait, after a restart, for the devices that took part before.
-        names: the devices that are let in; empty where any may come.
+        names: the devices that are let in, each by a key of its own; None where there are no keys and any may come.
     """
 
     config: RunConfig
@@ -28,7 +28,7 @@ class Orders:
     wait_for: int = 1
     wait_seconds: float = 600.0
     rejoin_seconds: float = 60.0
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
 
 
 def write_orders(out: Path, orders: Orders) -> None:
@@ -38,7 +38,7 @@ def write_orders(out: Path, orders: Orders) -> None:
         "wait_for": orders.wait_for,
         "wait_seconds": orders.wait_seconds,
         "rejoin_seconds": orders.rejoin_seconds,
-        "names": list(orders.names),
+        "names": None if orders.names is None else list(orders.names),
     }
     write_whole(out / PLAN_FILE, json.dumps(body, indent=1).encode())
 
@@ -58,7 +58,7 @@ def read_orders(out: Path) -> Orders:
             wait_for=int(table["wait_for"]),
             wait_seconds=float(table["wait_seconds"]),
             rejoin_seconds=float(table["rejoin_seconds"]),
-            names=tuple(map(str, table["names"])),
+            names=None if table["names"] is None else tuple(map(str, table["names"])),
         )
     except (OSError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): `fedloom server` writes it") from None

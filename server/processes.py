@@ -77,24 +77,41 @@ def end_all(out: Path, *, patience: float = 0.0) -> int:
     return count
 
 
-def is_alive(pid: int, created: float) -> bool:
-    """Whether the process of that number, started at that time (Unix seconds), still runs."""
+def birth(pid: int) -> float:
+    """When a process began, in seconds since the machine did: psutil's time would move when the clock is set.
+
+    Raises:
+        OSError: when there is no such process.
+    """
+    return _kernel_says(pid)[1]
+
+
+def is_alive(pid: int, born: float) -> bool:
+    """Whether the process of that number, and of that `birth`, still runs."""
     try:
-        process = psutil.Process(pid)
-        return bool(abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
+        state, began = _kernel_says(pid)
+    except OSError:
         return False
+    return state != "Z" and abs(began - born) < 0.1
+
+
+def _kernel_says(pid: int) -> tuple[str, float]:
+    """A process's state and birth, from what stands behind its name: that may hold spaces and brackets (proc(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return fields[0], int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
 def claim(out: Path) -> Iterator[int]:
     """Be the only server of the run in OUT, and end what a killed one left behind; yields how many processes that was.
 
+    From here on all that this process and those that it starts write is for their own user alone, and so is OUT.
+
     Raises:
-        ValueError: when another server runs it.
+        ValueError: when another server runs it, or OUT is somebody else's.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK_FILE).open("a+") as file:
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with private(out), (out / LOCK_FILE).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,6 +122,25 @@ def claim(out: Path) -> Iterator[int]:
         file.write(str(os.getpid()))
         file.flush()
         yield end_all(out)
+
+
+@contextmanager
+def private(out: Path) -> Iterator[None]:
+    """Keep OUT from other users of this machine, and what is made meanwhile, whatever the umask was.
+
+    Raises:
+        ValueError: when OUT belongs to somebody else, who could read and change it.
+    """
+    status = out.stat()
+    if os.getuid() not in (status.st_uid, 0):
+        raise ValueError(f"{out} must belong to the user who runs the server, it does not")
+    if status.st_mode & 0o077:
+        out.chmod(0o700)
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
 
 
 def _signal(processes: Iterable[psutil.Process], number: int) -> None:

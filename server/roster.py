@@ -55,11 +55,7 @@ class Roster:
         if other is not None and other != node and other in self._here:
             raise ValueError(f"device names must differ, got {report.device!r} twice")
         if hello.spec != self.spec:
-            first = next(iter(self._reports))
-            raise ValueError(
-                f"devices must hold the same base and targets: {first!r} holds {self.spec.base_hash[:12]}, "
-                f"{report.device!r} holds {hello.spec.base_hash[:12]}"
-            )
+            raise ValueError(other_base(hello.spec, self.spec))
         for name in [name for name, known in self._nodes.items() if known == node and name != report.device]:
             del self._nodes[name]  # the device behind a node has changed its name
         self._nodes[report.device] = node
@@ -68,6 +64,11 @@ class Roster:
         self._here.add(node)
         if report.device in self._noted:
             self._take_back(report.device, self._noted.pop(report.device))
+
+    def drop(self, device: str) -> None:
+        """Forget a device that cannot take part, as if it had not come; before the next round it is asked again."""
+        del self._reports[device]
+        del self._nodes[device]
 
     def present(self, nodes: Collection[int]) -> list[int]:
         """Note which nodes are connected now; return those that have not said hello yet."""
@@ -99,11 +100,13 @@ class Roster:
         return self.reports(names)
 
     def saw(self, device: str, *, version: int, trained_in: int | None = None) -> None:
-        """Note what a device holds after it answered."""
-        report = replace(self._reports[device], version=version)
-        if trained_in is not None:
-            report = replace(report, state_round=trained_in)
-        self._reports[device] = report
+        """Note what a device holds after it answered; it may be gone by now, with its answer in the journal."""
+        if device in self._reports:
+            report = replace(self._reports[device], version=version)
+            self._reports[device] = report if trained_in is None else replace(report, state_round=trained_in)
+        else:
+            before = [*self._noted.get(device, ()), 0, 0, 0, 0][:4]
+            self._noted[device] = [version, before[1] if trained_in is None else trained_in, *before[2:]]
 
     def standing(self, device: str) -> Standing:
         return self._standing.get(device, Standing())
@@ -155,3 +158,14 @@ class Roster:
         if failures or until:
             self._standing[name] = Standing(failures=failures, until=until)
         return holds
+
+
+def other_base(held: ModelSpec, wanted: ModelSpec) -> str:
+    """Why a device cannot take part that holds another model than the run is about."""
+    return f"it must hold the run's base and targets, {in_brief(wanted)}, got {in_brief(held)}"
+
+
+def in_brief(spec: ModelSpec) -> str:
+    """A model in a few words, by which two can be told apart."""
+    mask = f", mask {spec.mask[:12]}" if spec.mask else ""
+    return f"{spec.base_hash[:12]} ({len(spec.matrices)} adapted matrices{mask})"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from fedloom.server.disk import write_whole
+from fedloom.server.disk import write_anyhow
 
 STANDING_FILE = "serverapp.json"
 
@@ -24,7 +24,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """A ServerApp's process (`created` in Unix seconds), Flower's number of its run, and its stage.
+    """A ServerApp's process (`born`: processes.birth), Flower's number of its run, and its stage.
 
     Attributes:
         connected, needed: while waiting, devices that are here and that it waits for.
@@ -32,7 +32,7 @@ class Standing:
     """
 
     pid: int
-    created: float
+    born: float
     run_id: int
     stage: Stage
     connected: int = 0
@@ -42,7 +42,7 @@ class Standing:
 
 
 def write_standing(out: Path, standing: Standing) -> None:
-    write_whole(out / STANDING_FILE, json.dumps(asdict(standing)).encode())
+    write_anyhow(out / STANDING_FILE, json.dumps(asdict(standing)).encode())
 
 
 def read_standing(out: Path) -> Standing | None:
@@ -53,7 +53,7 @@ def read_standing(out: Path) -> Standing | None:
         numbers = (standing.pid, standing.run_id, standing.connected, standing.needed)
         if not (all(type(each) is int for each in numbers) and standing.pid > 0):
             return None
-        if not (isinstance(standing.created, float) and isinstance(standing.error, str)):
+        if not (isinstance(standing.born, float) and isinstance(standing.error, str)):
             return None
         return standing if isinstance(standing.kind, str) else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

@@ -1,7 +1,8 @@
 """The SuperLink of a run: started, watched, stopped; or one that was there before, joined.
 
 Its files are in OUT/superlink: state.db (Flower's state, which keeps the devices' registration over restarts),
-superlink.log, door.json and door.jsonl, app/ (what is sent through Flower) and home/ (Flower's own folder).
+superlink.log, door.json and door.jsonl, nodes.json, app/ (what is sent through Flower), bin/ (what it starts) and home/
+(Flower's own folder).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
+from fedloom.protocols.password import VARIABLE, fresh
 from fedloom.server.bundle_app import SETTING, write_app
 from fedloom.server.keys import ServerFiles
+from fedloom.server.launcher import EXECUTOR, SERVER_APP, write_commands
 from fedloom.server.processes import end_all, start_tethered
 from fedloom.server.settings import Link
 
@@ -38,7 +41,6 @@ LARGEST_LOG = 10 * 2**20  # bytes; a larger log is set aside
 START_SECONDS = 120.0
 CHECK_SECONDS, MOST_SILENCES = 10.0, 6  # how often it is asked whether it lives, and failures that mean it does not
 TASK_POLL_SECONDS = "0.2"  # how often Flower looks whether there is a ServerApp to start
-EXECUTOR, SERVER_APP = "flower-superexec", "flwr-serverapp"
 
 
 class Uplink(Protocol):
@@ -51,6 +53,10 @@ class Uplink(Protocol):
 
     def submit(self) -> int:
         """Submit the run; return Flower's number for it."""
+        ...
+
+    def stale_runs(self) -> list[int]:
+        """Flower's numbers of the runs of this folder that are not over; of nobody else's."""
         ...
 
     def problem(self) -> str:
@@ -78,6 +84,7 @@ class SuperLink:
         self._folder = out / FOLDER
         self._process: subprocess.Popen[bytes] | None = None
         self._app = self._folder / "app"
+        self._password = ""
         self._next_check, self._silences = 0.0, 0
 
     @property
@@ -98,6 +105,8 @@ class SuperLink:
         """
         check_free(self._link.host, self._link.port)
         write_app(self._app)
+        write_commands(self._folder / "bin")
+        self._password = fresh()
         trim(self.log)
         at = self.log.stat().st_size if self.log.exists() else 0
         self._process = start_tethered(self._command(), self._out, log=self.log, environment=self._environment())
@@ -110,10 +119,13 @@ class SuperLink:
                 raise ValueError(f"SuperLink did not start: {_last_line(self.log, at)} (all of it is in {self.log})")
             time.sleep(0.05)
         self._next_check, self._silences = time.monotonic() + CHECK_SECONDS, 0
-        self.control = connect(self.address, self._files.ca if self._files else None)
+        self.control = connect(self.address, self._files.ca if self._files else None, self._password)
 
     def submit(self) -> int:
         return self.control.start_run(self._app, {})
+
+    def stale_runs(self) -> list[int]:
+        return self.control.unfinished_runs()
 
     def problem(self) -> str:
         if self._process is None or self._process.poll() is not None:
@@ -158,9 +170,10 @@ class SuperLink:
         return [*command, "--ssl-keyfile", str(self._files.key), "--enable-supernode-auth"]
 
     def _environment(self) -> Mapping[str, str]:
-        beside = str(Path(sys.executable).parent)  # where Flower's commands are, also when no environment is active
+        own, beside = self._folder.resolve() / "bin", Path(sys.executable).parent  # Flower's commands are in the second
         return {
-            "PATH": f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            "PATH": os.pathsep.join([str(own), str(beside), os.environ.get("PATH", os.defpath)]),
+            VARIABLE: self._password,
             "FEDLOOM_DOOR": str(self._folder.resolve()),
             "FLWR_HOME": str((self._folder / "home").resolve()),
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -189,7 +202,8 @@ class JoinedLink:
         Raises:
             ValueError: when Flower has no such connection.
         """
-        self._out, self._app = out, out / FOLDER / "app"
+        self._app = out / FOLDER / "app"
+        self._settings = {SETTING: str(out.resolve())}
         from fedloom.server.control import join
 
         self.control = join(name)
@@ -212,7 +226,10 @@ class JoinedLink:
                 time.sleep(0.5)
 
     def submit(self) -> int:
-        return self.control.start_run(self._app, {SETTING: str(self._out.resolve())})
+        return self.control.start_run(self._app, self._settings)
+
+    def stale_runs(self) -> list[int]:
+        return self.control.unfinished_runs(self._settings)
 
     def problem(self) -> str:
         return ""

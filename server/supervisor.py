@@ -14,8 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from fedloom.server.admission import Admission
 from fedloom.server.dashboard.tail import Tail
+from fedloom.server.disk import check_room, room_for
 from fedloom.server.events import EVENTS_FILE, EventLog
 from fedloom.server.guestbook import VISITS_FILE
 from fedloom.server.orders import Orders, write_orders
@@ -23,10 +26,13 @@ from fedloom.server.processes import end, is_alive
 from fedloom.server.standing import Stage, Standing, read_standing
 from fedloom.server.superlink import FOLDER, LOG_FILE, Uplink
 
+CHECKPOINTS = "checkpoints"
 TICK, KEYS_SECONDS, LINK_SECONDS, ASK_SECONDS = 0.1, 2.0, 1.0, 3.0
+ROOM_SECONDS = 0.5
 ALL_KEYS_SECONDS = 60.0
 BEGIN_SECONDS = 120.0  # a ServerApp must have said something by then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 5.0
+STALE_SECONDS = 15.0  # for a ServerApp of an earlier server to end once its run is stopped
 MOST_DEATHS = 20  # of ServerApp or SuperLink, without a round between them
 KILLED, LOST = "killed", "lost"  # endings that are nobody's mistake; so are those of these kinds and beginnings:
 LOST_KINDS = {"SystemExit", "KeyboardInterrupt", "RunNotRunningException", "HTTPStatusError", "ConnectError"}
@@ -85,7 +91,7 @@ class Attempt:
             return Ending(finished=True)
         if standing.stage == Stage.FAILED:
             return _failure(standing)
-        if is_alive(standing.pid, standing.created) or self.standing() != standing:
+        if is_alive(standing.pid, standing.born) or self.standing() != standing:
             return None
         return Ending(error="the ServerApp was killed", kind=KILLED)
 
@@ -130,27 +136,37 @@ class Supervisor:
         """Go on until the run is finished.
 
         Raises:
-            ValueError: for what the run itself refuses, twice in a row, and for settings that cannot work.
+            ValueError: for what the run itself refuses, twice in a row, for settings that cannot work, and a full disk.
             RunError: for anything else that keeps it from going on.
         """
         for tail in (self._events, self._visits):
             list(_read(tail))  # what was told before
         try:
-            self._admission.post()
-            try:
-                self._uplink.start()
-            except ConnectionError as error:
-                raise RunError(str(error)) from None
-            self._keep_keys()
-            self._submit()
-            while not self._is_finished():
-                time.sleep(TICK)
+            with room_for(self._out):
+                check_room(self._out)
+                self._begin()
+                while not self._is_finished():
+                    time.sleep(TICK)
         except BaseException as error:
             self._close()
             with suppress(OSError):
                 self._note_stop(" ".join(str(error).split()) or "the server was stopped")
             raise
         self._close()
+
+    def _begin(self) -> None:
+        from fedloom.server.checkpoint import latest_checkpoint  # here, since it loads NumPy
+
+        for complaint in latest_checkpoint(self._out / CHECKPOINTS)[1]:
+            self._teller.say(f"{complaint}; going back to the one before", bad=True)
+        self._admission.post()
+        try:
+            self._uplink.start()
+        except ConnectionError as error:
+            raise RunError(str(error)) from None
+        self._keep_keys()
+        self._stop_stale()
+        self._submit()
 
     def _is_finished(self) -> bool:
         """One look at everything; puts right what is broken."""
@@ -165,6 +181,8 @@ class Supervisor:
         except ConnectionError:
             return False  # the next look at the SuperLink tells
         if ending is None:
+            if self._is_due("room", ROOM_SECONDS):
+                check_room(self._out)  # before the SuperLink, and each device by it, fails in its own way
             return False
         self._tell()
         if not ending.finished and (problem := self._uplink.problem()):
@@ -191,6 +209,7 @@ class Supervisor:
         self._uplink.start()
         self._keep_keys()
         self._end_attempt()
+        self._stop_stale()
         self._submit()
 
     def _count(self, ending: Ending) -> None:
@@ -239,6 +258,30 @@ class Supervisor:
                     self._uplink.control.stop_run(self._attempt.run)
             _await_end(self._attempt)
         self._attempt = None
+
+    def _stop_stale(self) -> None:
+        """Stop what Flower still counts as under way of this folder's runs, and a ServerApp that works on it.
+
+        A killed server leaves such a run. On a SuperLink that was joined, its ServerApp goes on too, and the next one
+        would wait for it in vain. Other people's runs there are not touched.
+        """
+        try:
+            stale = self._uplink.stale_runs()
+            for run in stale:
+                self._uplink.control.stop_run(run)
+        except (ValueError, ConnectionError) as error:
+            self._teller.say(f"runs of an earlier server could not be stopped: {error}", bad=True)
+            return
+        if not stale:
+            return
+        numbers = ", ".join(map(str, stale))
+        self._teller.say(f"stopped what was left running in Flower from before: run {numbers}")
+        standing = read_standing(self._out)
+        if standing is not None and standing.run_id in stale:
+            _await_end(Attempt(self._out, self._uplink, standing.run_id), STALE_SECONDS)
+            if is_alive(standing.pid, standing.born):
+                with suppress(psutil.Error):
+                    end([psutil.Process(standing.pid)])
 
     def _keep_keys(self) -> None:
         try:
@@ -289,7 +332,7 @@ def _failure(standing: Standing) -> Ending:
 def _await_end(attempt: Attempt, seconds: float = 15.0) -> None:
     """Wait until a ServerApp that was told to stop has ended."""
     until = time.monotonic() + seconds
-    while (standing := attempt.standing()) and is_alive(standing.pid, standing.created) and time.monotonic() < until:
+    while (standing := attempt.standing()) and is_alive(standing.pid, standing.born) and time.monotonic() < until:
         time.sleep(TICK)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.protocols.config import RunConfig
+from fedloom.server.disk import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 PER_DEVICE = ("devices", "assigned")  # tables with a line for each device
@@ -33,7 +34,7 @@ class JsonlTracker:
                 for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
                 if _round_of(line) <= after_round
             ]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_whole(path, "".join(f"{line}\n" for line in kept).encode())  # a cut or a full disk loses no line
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: Mapping[str, Any]) -> None:

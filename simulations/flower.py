@@ -18,7 +18,7 @@ from fedloom.protocols.config import RunConfig, read_recipe
 from fedloom.server.app import Plan
 from fedloom.server.app import server_app as make_server_app
 from fedloom.simulations.cookbook import find_recipe
-from fedloom.simulations.runs import run_name
+from fedloom.simulations.naming import run_name
 from fedloom.simulations.world import World
 
 

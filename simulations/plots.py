@@ -21,6 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from fedloom.server.units import Metric, human_bytes
+
 INK, RULE = "#1c2126", "#d3d8de"  # become the page's own colours in SVG
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, "#F0E442")
 MARKERS = "osD^vPX*"
@@ -45,46 +47,8 @@ SETTINGS: dict[Any, Any] = {
 }
 WIDTH, HEIGHT, WIDE = 5.6, 3.7, 9.6  # inches
 STEPS = (1, 2, 2.5, 5, 10)  # of round ticks
-UNITS = ("B", "kB", "MB", "GB", "TB")
 LABEL_GAP = 0.19  # inches from one label's baseline to the next
 BARS, TICKS = 60, 40  # above these, devices are drawn as one outline, and only some are named
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What runs are judged by, and how its values are written: shares as percent, the loss as it is."""
-
-    key: str
-
-    @property
-    def title(self) -> str:
-        return {"rouge_l": "Rouge-L"}.get(self.key, self.key.replace("_", " ").capitalize())
-
-    @property
-    def is_share(self) -> bool:
-        return self.key != "loss"
-
-    def text(self, value: float) -> str:
-        if not math.isfinite(value):
-            return "n/a"
-        return f"{100 * value:.1f}%" if self.is_share else f"{value:.3f}"
-
-    def signed(self, value: float) -> str:
-        """A difference, in percentage points for shares."""
-        if not math.isfinite(value):
-            return "n/a"
-        return (f"{100 * value:+.1f}" if self.is_share else f"{value:+.3f}").replace("-", "\N{MINUS SIGN}")
-
-    def tick(self, value: float) -> str:
-        return f"{100 * value:.4g}%" if self.is_share else f"{value:.4g}"
-
-
-def human_bytes(value: float, digits: str = "#.3g") -> str:
-    """Three digits and a decimal unit: 1 kB is 1,000 bytes."""
-    unit = 0
-    while value >= 999.5 and unit < len(UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:{digits if unit else '.0f'}}".rstrip(".") + f" {UNITS[unit]}"
 
 
 def shorten(name: str, limit: int = 22) -> str:

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 
 from fedloom.protocols.seeds import derive_seed
 from fedloom.server.pooling import DRAWS, interval, pool
+from fedloom.server.units import Metric, human_bytes, human_seconds, plural
 from fedloom.simulations.assigned import Given, draw_assigned, rows_of
-from fedloom.simulations.plots import Curve, Metric, Plot, draw_plots, human_bytes, swatch
+from fedloom.simulations.plots import Curve, Plot, draw_plots, swatch
 
 REPORT_FILE, PLOTS = "report.html", "plots"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -324,7 +325,7 @@ def headline(runs: Sequence[Run], metric: Metric, seed: int) -> str:
     """Who ended where, and for how many bytes, in a sentence or two."""
     ranked = sorted(runs, key=lambda run: _rank(run, metric))
     best = ranked[0]
-    fleet = f"after {_count(best.rounds, 'round')} on {_count(len(best.devices), 'device')}"
+    fleet = f"after {plural(best.rounds, 'round')} on {plural(len(best.devices), 'device')}"
     if len(runs) == 1:
         return f"{best.entry.name} ended at {_ending(best, metric)}, {fleet}, {_cost(best)}."
     second = ranked[1]
@@ -355,18 +356,3 @@ def _ending(run: Run, metric: Metric) -> str:
 
 def _cost(run: Run) -> str:
     return f"with {human_bytes(run.entry.bytes_up)} up and {human_bytes(run.entry.bytes_down)} down in all"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def human_seconds(value: float) -> str:
-    """Seconds, minutes and seconds, or hours and minutes."""
-    if value < 99.5:
-        return f"{value:.2g} s" if value < 9.95 else f"{value:.0f} s"
-    minutes, seconds = divmod(round(value), 60)
-    if minutes < 100:
-        return f"{minutes} min {seconds:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"

@@ -7,32 +7,26 @@ OUT/[LABEL/]         for each strategy: metrics.jsonl, tensorboard/, checkpoints
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedloom.client import tuners
 from fedloom.protocols.config import RunConfig, build_config, contenders
 from fedloom.server.app import Plan, build_strategy, coordinate
-from fedloom.server.pooling import interval, pool
 from fedloom.server.track import METRICS_FILE
 from fedloom.server.watch import Watcher
 from fedloom.simulations.fleet import Fleet
 from fedloom.simulations.grid import InProcessGrid, pretend_nodes
+from fedloom.simulations.naming import run_name
+from fedloom.simulations.summary import entry, read_metrics, write_summary
 from fedloom.simulations.world import pretend_app
 
 RECIPE_FILE = "recipe.json"
-SUMMARY_FILE = "summary.json"
-_NOT_THE_RESULT = {"about", "compare", "simulation", "track", "name"}  # keys that change no number of a run
 
 WatcherFor = Callable[[str, RunConfig], Watcher]
 
@@ -44,17 +38,6 @@ class Member:
     label: str
     config: RunConfig
     folder: Path
-
-
-def run_name(config: RunConfig) -> str:
-    """A name that two recipes share only if they give the same run, whatever the number of rounds or workers.
-
-    A learning rate that falls over the rounds makes their number part of the run.
-    """
-    table = config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
-    if config.train.schedule == "constant":
-        del table["server"]["rounds"]
-    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def members(config: RunConfig, out: Path) -> list[Member]:
@@ -117,22 +100,7 @@ def run_recipe(
         _preflight(member.config)
     open_folder(config, out, resume=resume, force=force)
     entries = [_run_member(member, out, resume=resume, watch=watch) for member in everyone]
-    summary = {
-        "name": config.name,
-        "about": config.about,
-        "model": config.model.path,
-        "devices": config.fleet.devices,
-        "ranks": list(config.fleet.ranks),
-        "profiles": list(config.fleet.profiles),
-        "memory_mb": list(config.fleet.memory_mb),
-        "rounds": config.server.rounds,
-        "seed": config.seed,
-        "metric": main_metric(config),
-        "machine": {"cpu": _processor(), "cores": os.cpu_count() or 1, "torch": torch.__version__},
-        "strategies": entries,
-    }
-    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    return summary
+    return write_summary(out, config, entries)
 
 
 def _preflight(config: RunConfig) -> None:
@@ -141,13 +109,6 @@ def _preflight(config: RunConfig) -> None:
     if config.train.tuner != "auto":
         tuners.known(config.train.tuner)
     Fleet(config)
-
-
-def main_metric(config: RunConfig) -> str:
-    """What a recipe's runs are judged by."""
-    if config.eval.metric != "auto":
-        return config.eval.metric
-    return "accuracy" if config.model.task == "classify" else "exact_match"
 
 
 def _run_member(member: Member, out: Path, *, resume: bool, watch: WatcherFor | None) -> dict[str, Any]:
@@ -163,72 +124,6 @@ def _run_member(member: Member, out: Path, *, resume: bool, watch: WatcherFor | 
     if not config.simulation.keep_devices:
         shutil.rmtree(work / "patches", ignore_errors=True)
     records = read_metrics(member.folder / METRICS_FILE)
-    return _entry(member, out, records, config) | {"wall_seconds": time.monotonic() - began}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """A run's records in order of rounds.
-
-    Raises:
-        ValueError: when the file is missing.
-    """
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        raise ValueError(f"{path.parent} is not a finished run: {path.name} is missing") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold one JSON object a line: {error}") from None
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} must hold one JSON object a line")
-    return records
-
-
-def _entry(member: Member, out: Path, records: list[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
-    """One line of the summary."""
-    metric, first, last = main_metric(config), records[0], records[-1]
-    before, after = _devices(first), _devices(last)
-    count = config.fleet.devices
-    return {
-        "name": member.label,
-        "strategy": config.strategy.name,
-        "folder": member.folder.relative_to(out).as_posix(),
-        "metric": metric,
-        "before": pool(before)[metric],
-        "after": pool(after)[metric],
-        "ci95_before": interval(before, metric, seed=config.seed),
-        "ci95": interval(after, metric, seed=config.seed),
-        "loss_before": pool(before)["loss"],
-        "loss_after": pool(after)["loss"],
-        "bytes_up": last["bytes_up"],
-        "bytes_down": last["bytes_down"],
-        "bytes_evaluation": last["bytes_evaluation"],
-        "bytes_up_per_device": last["bytes_up"] / count,
-        "bytes_down_per_device": last["bytes_down"] / count,
-        "seconds": sum(record["seconds"] for record in records),
-        "device_seconds": sum(record.get("device_seconds", 0.0) for record in records),
-        "peak_rss_mb": max(record.get("device_peak_mb", 0.0) for record in records),
-        "refused": last["refused"],
-        **_virtual(records, config),
+    return entry(member.label, member.folder.relative_to(out), records, config) | {
+        "wall_seconds": time.monotonic() - began
     }
-
-
-def _virtual(records: list[dict[str, Any]], config: RunConfig) -> dict[str, float]:
-    """What the rounds took on the devices' own clock, and how long devices waited in all; only where there is one."""
-    if not config.fleet.profiles:
-        return {}
-    keys = {"virtual_seconds": "slowest_seconds", "idle_seconds": "idle_seconds"}
-    return {name: sum(record.get(key, 0.0) for record in records) for name, key in keys.items()}
-
-
-def _devices(record: Mapping[str, Any]) -> list[dict[str, float]]:
-    return [dict(metrics) for _, metrics in sorted(record["devices"].items())]
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -21,7 +21,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from typing import Literal
 
@@ -251,7 +250,8 @@ class FedSpine(MergeOptions):
         bound = math.nextafter(standing.bandit.memory_bound, 0.0)
         ceiling = max(fast, floor)
         most = min(rank, self.max_rank)
-        ceiling = self._sooner(partial(need, rank=min(self.fixed_rank, most)), min(lent, bound), ceiling)
+        middling = min(self.fixed_rank, most)
+        ceiling = self._sooner(lambda ratio: need(ratio, middling), min(lent, bound), ceiling)
         return Limits(
             need=need,
             memory=lent,

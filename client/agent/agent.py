@@ -132,15 +132,21 @@ class Agent:
 def running(settings: DeviceSettings, home: Home, link: Callable[[], dict[str, Any]] = dict) -> Iterator[Agent]:
     """The one agent of a state folder, ready for tasks, for as long as the block runs.
 
+    Whatever is written meanwhile is for this user alone, whatever the umask was.
+
     Raises:
         ValueError: when another runs already, or this one cannot start.
     """
     home.open()
-    with home.lock():
-        home.tidy()
-        agent = Agent(settings, home, link)
-        try:
-            agent.start()
-            yield agent
-        finally:
-            agent.close()
+    mask = os.umask(0o077)
+    try:
+        with home.lock():
+            home.tidy()
+            agent = Agent(settings, home, link)
+            try:
+                agent.start()
+                yield agent
+            finally:
+                agent.close()
+    finally:
+        os.umask(mask)

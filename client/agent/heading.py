@@ -19,12 +19,13 @@ _NAMES: Final = ("nothing", "Task", "Update", "Hello", "Refusal")
 
 @dataclass(frozen=True, kw_only=True)
 class Heading:
-    """A task's name: who is asked for what, in which round of which run."""
+    """A task's name: who is asked for what, in which round of which run, and the number that tells it from others."""
 
     device: str
     kind: Kind
     run: str
     round: int
+    nonce: int
 
 
 def read_heading(frame: bytes, *, limit: int) -> Heading:
@@ -43,4 +44,5 @@ def read_heading(frame: bytes, *, limit: int) -> Heading:
     validate.text("task.device", record.device)
     validate.text("task.run", run)
     validate.integer("task.round", record.round)
-    return Heading(device=record.device, kind=member(KINDS, record.kind, "task.kind"), run=run, round=record.round)
+    kind = member(KINDS, record.kind, "task.kind")
+    return Heading(device=record.device, kind=kind, run=run, round=record.round, nonce=record.nonce)

@@ -14,8 +14,8 @@ from fedloom.client.agent.answers import Answer, Answers
 from fedloom.client.agent.board import Board
 from fedloom.client.agent.heading import Heading
 from fedloom.client.agent.rules import Gate
-from fedloom.client.agent.warm import Refused, WarmModel
-from fedloom.client.refusals import NOT_NOW
+from fedloom.client.agent.warm import STOPS, Refused, WarmModel
+from fedloom.protocols.messages import NOT_NOW
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Jobs:
                 self._leave(job)
                 raise Refused("the one who brought the task has gone")
         if job.answer is None:
-            raise job.refused or Refused("this device's agent stops")
+            raise job.refused or Refused(STOPS)
         return job.answer
 
     def _take(self, digest: str, heading: Heading, frame: bytes) -> Job:
@@ -121,7 +121,7 @@ class Jobs:
                 known[0].callers += 1
                 return known[0]
             if self._closing:
-                raise Refused(f"{NOT_NOW}this device's agent stops")
+                raise Refused(STOPS)
             if len(self._waiting) >= WAITING:
                 raise Refused(f"{NOT_NOW}this device is busy and {WAITING} tasks wait already")
             job = Job(digest=digest, heading=heading, frame=frame, callers=1)

@@ -25,11 +25,11 @@ class Outbox:
     """The log of one device; entries may come from several threads."""
 
     def __init__(self, folder: Path, *, rotate: int = _ROTATE) -> None:
-        self._folder, self._rotate, self._lock = folder, rotate, Lock()
+        self.folder, self._rotate, self._lock = folder, rotate, Lock()
 
     @property
     def _path(self) -> Path:
-        return self._folder / f"{_NAME}.jsonl"
+        return self.folder / f"{_NAME}.jsonl"
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Write an entry, with the time; it is on disk when this returns.
@@ -53,8 +53,8 @@ class Outbox:
         except FileNotFoundError:
             return
         if full:
-            numbers = [number for number, _ in _set_aside(self._folder)]
-            self._path.rename(self._folder / f"{_NAME}-{max(numbers, default=0) + 1}.jsonl")
+            numbers = [number for number, _ in _set_aside(self.folder)]
+            self._path.rename(self.folder / f"{_NAME}-{max(numbers, default=0) + 1}.jsonl")
 
 
 def entries(folder: Path) -> Iterator[dict[str, Any]]:

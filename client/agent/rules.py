@@ -12,8 +12,8 @@ from typing import Final
 from fedloom.client.agent import machine
 from fedloom.client.agent.hours import parse_hours, within
 from fedloom.client.agent.traffic import Traffic
-from fedloom.client.refusals import NOT_NOW
 from fedloom.client.settings import Rules
+from fedloom.protocols.messages import NOT_NOW
 
 MB: Final = 10**6
 _SPARE: Final = 16 * MB  # bytes of disk that are never used

@@ -14,16 +14,17 @@ import grpc
 
 from fedloom.client.agent.answers import Answer
 from fedloom.client.agent.board import Board, Scene
-from fedloom.client.agent.heading import read_heading
+from fedloom.client.agent.heading import Heading, read_heading
 from fedloom.client.agent.jobs import PAUSED, Jobs
 from fedloom.client.agent.outbox import Outbox
 from fedloom.client.agent.rules import Gate
 from fedloom.client.agent.traffic import Traffic
 from fedloom.client.agent.warm import Refused, WarmModel
 from fedloom.client.chunks import cut, gather
-from fedloom.client.refusals import NOT_NOW, refusal_frame
+from fedloom.client.refusals import refusal_frame
 from fedloom.protocols import agent_pb2 as pb
 from fedloom.protocols.agent_pb2_grpc import AgentServicer
+from fedloom.protocols.messages import NOT_NOW
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +71,17 @@ class Service(AgentServicer):
                 answer = self._model.hello()
                 yield from self._send(answer, {"kind": "hello"}, context)
             except Refused as refused:
-                yield from self._refuse(str(refused), {}, context)
+                yield from self._refuse(str(refused), None, context)
 
     def Perform(self, chunks: Iterator[pb.Chunk], context: Any) -> Iterator[pb.Chunk]:  # noqa: N802
         with _place(self._callers, context):
-            asked: dict[str, Any] = {}
+            heading: Heading | None = None
             try:
                 frame = self._receive(chunks, context)
+                problem = self._count(len(frame))
                 heading = read_heading(frame, limit=self._limit)
-                asked = {"kind": heading.kind.value, "run": heading.run, "round": heading.round}
+                if problem:
+                    raise Refused(problem)
                 if heading.device != self._name:
                     raise ValueError(f"a task must be for device {self._name!r}, got one for {heading.device!r}")
                 job = self._jobs.submit(frame, heading)
@@ -86,9 +89,9 @@ class Service(AgentServicer):
                 answer = self._jobs.answer(job, context.is_active)
                 if reason := self._gate.sending(len(answer.frame)):
                     raise Refused(reason)
-                yield from self._send(answer, asked | {"again": job.again}, context)
+                yield from self._send(answer, _entry(heading) | {"again": job.again}, context)
             except ValueError as refused:
-                yield from self._refuse(str(refused), asked, context, getattr(refused, "version", None))
+                yield from self._refuse(str(refused), heading, context, getattr(refused, "version", None))
 
     def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:  # noqa: N802
         return self._status()
@@ -117,14 +120,17 @@ class Service(AgentServicer):
         timer.daemon = True
         timer.start()
         try:
-            frame = gather(chunks, limit=self._limit)
+            return gather(chunks, limit=self._limit)
         finally:
             timer.cancel()
+
+    def _count(self, size: int) -> str:
+        """Count bytes that came; why the task must be refused where that fails, once it is known which task."""
         try:
-            self._traffic.add(down=len(frame))
+            self._traffic.add(down=size)
         except OSError as error:
-            raise Refused(f"{NOT_NOW}this device's disk fails: {error.strerror}") from None
-        return frame
+            return f"{NOT_NOW}this device's disk fails: {error.strerror}"
+        return ""
 
     def _send(self, answer: Answer, entry: dict[str, Any], context: Any) -> Iterator[pb.Chunk]:
         """Log what leaves, count it, and let it go: in this order, and nothing goes when the log cannot be written."""
@@ -133,18 +139,25 @@ class Service(AgentServicer):
             self._outbox.note({**entry, "bytes": len(answer.frame), "digest": digest, "what": dict(answer.about)})
             self._traffic.add(up=len(answer.frame))
         except OSError as error:
-            log.error("nothing leaves while the outbox cannot be written: %s", error)
+            log.error(
+                "%s must have room for the log of what leaves, got %s: make room, nothing leaves until then",
+                self._outbox.folder,
+                error.strerror,
+            )
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the device cannot log what it sends: its disk fails")
         yield from cut(answer.frame)
 
     def _refuse(
-        self, reason: str, asked: dict[str, Any], context: Any, version: int | None = None
+        self, reason: str, heading: Heading | None, context: Any, version: int | None = None
     ) -> Iterator[pb.Chunk]:
-        if version is None:
-            version = self._model.version(asked["run"]) if "run" in asked else 0
-        frame = refusal_frame(reason, device=self._name, round=asked.get("round", 0), version=version)
-        about = {"refused": reason, "task": asked.get("kind", "")}
-        yield from self._send(Answer(frame=frame, about=about), asked | {"kind": "refusal"}, context)
+        """Say no to the task of that heading, or to what is none."""
+        asked: dict[str, Any] = {}
+        if heading is not None:
+            asked = {"run": heading.run, "round": heading.round, "nonce": heading.nonce}
+            version = self._model.version(heading.run) if version is None else version
+        frame = refusal_frame(reason, device=self._name, version=version or 0, **asked)
+        about = {"refused": reason, "task": heading.kind.value if heading else ""}
+        yield from self._send(Answer(frame=frame, about=about), _entry(heading) | {"kind": "refusal"}, context)
 
     def _status(self) -> pb.StatusReply:
         scene = self._board.scene
@@ -176,6 +189,11 @@ class Service(AgentServicer):
         if self._model.loading:
             return "loading"
         return scene.kind if scene.busy else "idle"
+
+
+def _entry(heading: Heading | None) -> dict[str, Any]:
+    """What the log of what leaves says of a task."""
+    return {"kind": heading.kind.value, "run": heading.run, "round": heading.round} if heading else {}
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,10 +19,11 @@ from typing import Any, Final
 import psutil
 
 from fedloom.client.agent.home import Home
-from fedloom.client.agent.launcher import write_commands
-from fedloom.client.agent.link import Link, probe
+from fedloom.client.agent.launcher import SUPERNODE, write_commands
+from fedloom.client.agent.link import SLACK, Link, clock_problem, probe, seconds_ahead
 from fedloom.client.agent.linklog import CONNECTED, REFUSED, UNREACHABLE, LinkLog, is_last, meaning
 from fedloom.protocols.bundle import write_secret
+from fedloom.protocols.password import VARIABLE, fresh
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _STEADY: Final = 60.0  # seconds of a link after which the next break counts as 
 _GOODBYE: Final = 10.0  # seconds that a SuperNode has to end when it is told to
 _LAPSE: Final = 120.0  # seconds after which a server has surely noticed that an earlier SuperNode of this device died
 _HANGING: Final = 20.0  # seconds after an error that ends a SuperNode in which it must have ended
+_NUMBER: Final = re.compile(r"\d+")
 _ENVIRONMENT: Final = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -164,6 +166,7 @@ class SuperNode:
             self._tries += 1
             if self._tries < 2 or self._refused:
                 return
+            said = clock_problem(seconds_ahead(self._link), -SLACK) or said  # Flower takes its word no better then
         elif said == REFUSED:  # which a server also says while it counts a SuperNode that was killed as connected
             self._refused = self._refused or now
             said = said if now - self._refused > _LAPSE else f"{said}, or still counted as connected from before"
@@ -177,14 +180,15 @@ class SuperNode:
             self._say(f"connected to {self._link.server}")
 
     def _tell(self, problem: str) -> None:
-        """Say what is in the way, once."""
-        if problem != self._problem:
-            self._problem = problem
+        """Say what is in the way, once: the same with other numbers, such as a clock a second on, is no news."""
+        news = _NUMBER.sub("", problem) != _NUMBER.sub("", self._problem)
+        self._problem = problem
+        if news:
             self._say(problem)
 
     def _command(self) -> list[str]:
         link, folder = self._link, self._home.link
-        command = ["flower-supernode", "--superlink", link.server, "--port", str(_free_port())]
+        command = [SUPERNODE, "--superlink", link.server]  # the launcher finds it a port
         command += ["--node-config", f"agent='{self._home.socket}' name='{self._name}'"]
         if link.insecure:
             return [*command, "--insecure"]
@@ -197,7 +201,8 @@ class SuperNode:
         path = os.pathsep.join(
             [str(self._home.link / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         )
-        return {**os.environ, **_ENVIRONMENT, "PATH": path, "FLWR_HOME": str(self._home.link / "flower")}
+        own = {VARIABLE: fresh(), "PATH": path, "FLWR_HOME": str(self._home.link / "flower")}
+        return {**os.environ, **_ENVIRONMENT, **own}
 
     def _clear_away(self) -> None:
         """End a SuperNode that an agent before this one has left; it is told to end when its agent dies."""
@@ -218,10 +223,3 @@ def _kill_group(leader: int) -> None:
     """End a process and all that it started; whoever leads a group gave it its own number."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    """A port of the loopback that is free now; should it be taken meanwhile, the SuperNode ends and another starts."""
-    with socket.socket() as probed:
-        probed.bind(("127.0.0.1", 0))
-        return int(probed.getsockname()[1])

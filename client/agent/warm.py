@@ -15,7 +15,9 @@ from fedloom.client.agent.home import Home
 from fedloom.client.agent.model_process import ModelProcess, Ready
 from fedloom.client.progress import Watch
 from fedloom.client.settings import DeviceSettings
+from fedloom.protocols.messages import NOT_NOW
 
+STOPS: Final = f"{NOT_NOW}this device's agent stops"
 _LOADING: Final = 600.0  # seconds that a request waits for the model
 _QUICK: Final = 30.0  # seconds for what needs no model
 _GRACE: Final = 15.0  # seconds in which a stopped task must reach its next step
@@ -64,7 +66,7 @@ class WarmModel:
             self._change.notify_all()
             process = self._process
         if process is not None:
-            process.kill("the agent stops")
+            process.kill(STOPS)
         if self._keeper.is_alive():
             self._keeper.join(timeout=10)
 
@@ -151,7 +153,7 @@ class WarmModel:
             if not self._change.wait_for(settled, _LOADING):
                 raise Refused(f"this device has not loaded its model within {_LOADING:g} s")
             if self._closing.is_set() or self._process is None:
-                raise Refused("this device's agent stops")
+                raise Refused(STOPS)
             if self._failure:
                 raise Refused("this device cannot load its model; its owner was told why")
             return self._process
@@ -171,7 +173,7 @@ class WarmModel:
                 self._change.notify_all()
             delay = first if ready.identity else min(2 * delay, most)
             if self._closing.is_set():
-                process.kill("the agent stops")
+                process.kill(STOPS)
             process.over.wait()
             self._closing.wait(delay)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ class Board:
         self._lock = threading.Lock()
         self._changed = asyncio.Event()
         self._version, self._stale = 0, True
+        self._latest: float | None = None  # the last event's own time, and when that was by this clock:
+        self._heard = self._looked = -math.inf  # the latter: when all that there was had been read
         self.closing = False
         self.parts: dict[str, tuple[int, str]] = dict.fromkeys(PARTS, (0, ""))
         self._render()
@@ -54,10 +57,21 @@ class Board:
         """Read on, and render what has changed once all is read; whether it did, and whether there is more to read."""
         with self._lock:
             changed, more = self._folder.poll()
+            self._listen(more)
             self._stale = changed or self._stale
             if more or not self._stale:
                 return False, more
             return self._render(), False
+
+    def _listen(self, more: bool) -> None:
+        """Note when the last event was, by a clock that nobody sets: setting the other one is no silence.
+
+        What was not there at the last look has come since, whatever time it bears.
+        """
+        latest, now = self._folder.run.latest, time.monotonic()
+        if latest is not None and latest != self._latest:
+            self._heard = now - min(max(0.0, time.time() - latest), now - self._looked)
+        self._latest, self._looked = latest, self._looked if more else now
 
     def _render(self) -> bool:
         self._stale = False
@@ -93,4 +107,5 @@ class Board:
 
     def health(self) -> tuple[bool, dict[str, Any]]:
         with self._lock:
-            return health(self._folder, time.time())
+            silence = None if self._latest is None else time.monotonic() - self._heard
+            return health(self._folder, silence)

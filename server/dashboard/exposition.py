@@ -120,6 +120,7 @@ def _devices(folder: RunFolder) -> Iterator[Family]:
     yield each("last_seen_timestamp_seconds", "When it last sent something.", (device.seen for device in devices))
     yield each("rounds_total", "Rounds that took its update.", (total(device, "rounds") for device in devices))
     yield each("refused_total", "Its answers that were not taken.", (total(device, "refused") for device in devices))
-    yield each("received_bytes_total", "Bytes of its answers.", (total(device, "size") for device in devices))
+    yield each("received_bytes_total", "Bytes of its answers.", (total(device, "up") for device in devices))
+    yield each("sent_bytes_total", "Bytes of the tasks it was sent.", (total(device, "down") for device in devices))
     yield each("answer_seconds", "Seconds its last answer took, as it says.", (device.seconds for device in devices))
     yield each("quarantined", "1 while it sits out.", (int(folder.run.is_resting(device)) for device in devices))

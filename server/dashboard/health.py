@@ -8,8 +8,8 @@ from fedloom.server.dashboard.folder import RunFolder
 from fedloom.server.dashboard.state import Status
 
 
-def health(folder: RunFolder, now: float) -> tuple[bool, dict[str, Any]]:
-    """Whether all is well, and the facts; `now` in Unix seconds.
+def health(folder: RunFolder, silence: float | None) -> tuple[bool, dict[str, Any]]:
+    """Whether all is well, and the facts; `silence` is seconds since the last event, None before any.
 
     It is well while it waits, runs or is finished. It is not well when
       - it has stopped with a reason ("stopped");
@@ -17,7 +17,6 @@ def health(folder: RunFolder, now: float) -> tuple[bool, dict[str, Any]]:
       - its folder cannot be read ("unreadable").
     """
     run, limit = folder.run, folder.stale_after
-    silence = None if run.latest is None else max(0.0, now - run.latest)
     status = str(run.status)
     if folder.problem:
         status = "unreadable"

@@ -15,13 +15,13 @@ from fedloom.server.dashboard.folder import RunFolder
 from fedloom.server.dashboard.recipe import metric_of, summary
 from fedloom.server.dashboard.rounds import Round
 from fedloom.server.dashboard.state import Device, Standing, Status
-from fedloom.server.dashboard.units import NO_VALUE, Metric, clock, human_bytes, human_seconds, iso, plural, tick_bytes
+from fedloom.server.units import NO_VALUE, Metric, clock, human_bytes, human_seconds, iso, plural, tick_bytes
 
 TEMPLATES = Path(__file__).with_name("templates")
 PARTS = ("state", "numbers", "curves", "devices", "refusals", "rounds", "recipe")
 DEVICES_SHOWN, ROUNDS_SHOWN = 200, 50
 LATELY = 5  # rounds that "lately" means
-TROUBLE = (Standing.REFUSED, Standing.SILENT)
+TROUBLE = (Standing.REFUSED, Standing.LEFT_OUT, Standing.SILENT)
 LOOKS = {  # what a standing looks like, beside what it says
     Standing.UNSEEN: "absent",
     Standing.JOINED: "ready",
@@ -29,6 +29,9 @@ LOOKS = {  # what a standing looks like, beside what it says
     Standing.EVALUATING: "busy",
     Standing.ANSWERED: "ready",
     Standing.REFUSED: "bad",
+    Standing.NOT_NOW: "absent",
+    Standing.NOT_NEEDED: "ready",
+    Standing.LEFT_OUT: "bad",
     Standing.SILENT: "bad",
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedloom.server.dashboard.fields import clean, table_of
-from fedloom.server.dashboard.units import Metric, human_seconds, plural
+from fedloom.server.units import Metric, human_seconds, plural
 
 OPTION_LIMIT = 12
 

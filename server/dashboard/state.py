@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from fedloom.protocols.messages import NOT_NOW
 from fedloom.server.dashboard.fields import DEVICE_LIMIT, count_of, name_of, names_of, number_of, table_of, text_of
 from fedloom.server.dashboard.rounds import Round, Rounds, read_round
 
@@ -33,24 +34,33 @@ class Standing(StrEnum):
     EVALUATING = "evaluating"
     ANSWERED = "answered"
     REFUSED = "refused"
+    NOT_NOW = "not now"
+    NOT_NEEDED = "not needed"
+    LEFT_OUT = "left out"
     SILENT = "no answer"
 
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What a device did in rounds."""
+    """What a device did in rounds: bytes `up` of its answers, `down` of its tasks."""
 
     rounds: int = 0
     refused: int = 0
-    size: int = 0
+    up: int = 0
+    down: int = 0
+
+    def add(self, other: Tally) -> None:
+        for name in ("rounds", "refused", "up", "down"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(slots=True, kw_only=True)
 class Device:
-    """A device, from what the log says of it; `until` is the last round that it sits out."""
+    """A device, from what the log says of it; `why` it stands so, and the last round `until` which it sits out."""
 
     name: str
     standing: Standing = Standing.UNSEEN
+    why: str = ""
     about: tuple[str, ...] = ()
     seen: float | None = None
     seconds: float | None = None
@@ -60,20 +70,18 @@ class Device:
 
     def total(self) -> Tally:
         """Over finished rounds and those that are not."""
-        parts = [self.closed, *self.open.values()]
-        return Tally(
-            rounds=sum(part.rounds for part in parts),
-            refused=sum(part.refused for part in parts),
-            size=sum(part.size for part in parts),
-        )
+        total = Tally()
+        for part in (self.closed, *self.open.values()):
+            total.add(part)
+        return total
+
+    def stands(self, standing: Standing, why: str = "") -> None:
+        self.standing, self.why = standing, why
 
     def close(self, round: int) -> None:
         """Take the sums of rounds up to `round` as done."""
         for done in [number for number in self.open if number <= round]:
-            part = self.open.pop(done)
-            self.closed.rounds += part.rounds
-            self.closed.refused += part.refused
-            self.closed.size += part.size
+            self.closed.add(self.open.pop(done))
 
     def tally(self, round: int) -> Tally:
         if round not in self.open and len(self.open) >= OPEN_LIMIT:
@@ -95,13 +103,17 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Incident:
-    """An answer that was not taken (`until` 0), or a device that was sent to rest up to round `until`."""
+    """An answer that was not taken (`until` 0), or a device that was sent to rest up to round `until`.
+
+    With `greeting`, a device that was asked who it is and does not take part.
+    """
 
     time: float | None
     round: int
     device: str
     reason: str
     until: int = 0
+    greeting: bool = False
 
 
 class RunState:
@@ -165,7 +177,7 @@ class RunState:
             device.close(round)
             device.open.clear()
             if device.standing in (Standing.TRAINING, Standing.EVALUATING):
-                device.standing = Standing.SILENT
+                device.stands(Standing.SILENT)
         self.rounds.drop_after(round)
         self.status, self.reason, self.round, self.phase = Status.RUNNING, "", round, None
         self.starts += 1
@@ -180,7 +192,16 @@ class RunState:
         if event.get("rank"):
             about.append(f"rank {count_of(event, 'rank')}")
         about += [name[:24] for name in names_of(event, "capabilities", most=4)]
-        device.about, device.standing, device.seen = tuple(about), Standing.JOINED, _moment(event)
+        device.about, device.seen = tuple(about), _moment(event)
+        device.stands(Standing.JOINED)
+
+    def _left_out(self, event: Mapping[str, Any]) -> None:
+        """One that said hello and cannot take part; it is asked again, and says the same, before every round."""
+        name, reason = name_of(event), text_of(event, "reason")
+        self._note(Incident(time=_moment(event), round=0, device=name, reason=reason, greeting=True))
+        if device := self.device(name):
+            device.seen = _moment(event)
+            device.stands(Standing.LEFT_OUT, reason)
 
     def _phase(self, event: Mapping[str, Any]) -> None:
         name, asked = text_of(event, "phase", limit=24), names_of(event, "devices", most=DEVICE_LIMIT)
@@ -193,37 +214,59 @@ class RunState:
         if name == "hello":  # its names are of nodes, which have not said who they are
             return
         for device in filter(None, map(self.device, asked)):
-            device.standing = Standing.TRAINING if name == "train" else Standing.EVALUATING
+            device.stands(Standing.TRAINING if name == "train" else Standing.EVALUATING)
 
     def _answer(self, event: Mapping[str, Any]) -> None:
         name, round, refused = name_of(event), count_of(event, "round"), text_of(event, "refused")
-        size, phase = count_of(event, "bytes"), text_of(event, "phase", limit=24)
-        if refused:
-            self.incidents.appendleft(Incident(time=_moment(event), round=round, device=name, reason=refused))
-        if self.phase and self.phase.name == phase and (phase == "hello" or name in self.phase.waiting):
+        up, down, phase = count_of(event, "bytes"), count_of(event, "down"), text_of(event, "phase", limit=24)
+        not_now = refused.startswith(NOT_NOW)
+        greeting = phase == "hello"
+        if refused and (greeting or not not_now):
+            self._note(Incident(time=_moment(event), round=round, device=name, reason=refused, greeting=greeting))
+        if self.phase and self.phase.name == phase and (greeting or name in self.phase.waiting):
             self.phase.waiting.discard(name)
             self.phase.answered += 1
-        if phase == "hello":
-            return
-        device = self.device(name)
+        device = None if greeting else self.device(name)
         if device is None:
             return
-        device.standing = Standing.REFUSED if refused else Standing.ANSWERED
-        device.seen = _moment(event) if size else device.seen  # a device that was not there sent nothing
+        if not_now:
+            device.stands(Standing.NOT_NOW, refused.removeprefix(NOT_NOW))
+        else:
+            device.stands(Standing.REFUSED if refused else Standing.ANSWERED)
+        device.seen = _moment(event) if up else device.seen  # a device that was not there sent nothing
         device.seconds = number_of(event, "seconds") or device.seconds
         tally = device.tally(round)
-        tally.size += size
-        tally.refused += bool(refused)
+        tally.up += up
+        tally.down += down
+        tally.refused += bool(refused and not not_now)
         tally.rounds = max(tally.rounds, int(phase == "train" and not refused))
+
+    def _unneeded(self, event: Mapping[str, Any]) -> None:
+        """One that was asked and is not waited for: as if it had not been, but for the bytes of its task."""
+        name, round, down = name_of(event), count_of(event, "round"), count_of(event, "down")
+        if self.phase and name in self.phase.waiting:
+            self.phase.waiting.discard(name)
+            self.phase.asked -= 1
+        if device := self.device(name):
+            device.stands(Standing.NOT_NEEDED)
+            device.tally(round).down += down
 
     def _quarantined(self, event: Mapping[str, Any]) -> None:
         name, until = name_of(event), count_of(event, "until")
         incident = Incident(
             time=_moment(event), round=self.current(), device=name, reason=text_of(event, "reason"), until=until
         )
-        self.incidents.appendleft(incident)
+        self._note(incident)
         if device := self.device(name):
             device.until = until
+
+    def _note(self, incident: Incident) -> None:
+        """Put it first. Who does not take part is asked before every round: the same answer again takes its place."""
+        told = (incident.device, incident.reason)
+        if incident.greeting:
+            for old in [old for old in self.incidents if old.greeting and (old.device, old.reason) == told]:
+                self.incidents.remove(old)
+        self.incidents.appendleft(incident)
 
     def _round(self, event: Mapping[str, Any]) -> None:
         done: Round = read_round(table_of(event, "record"))
@@ -247,15 +290,17 @@ class RunState:
         for name in self.phase.waiting if self.phase else ():
             device = self.devices.get(name)
             if device and device.standing in (Standing.TRAINING, Standing.EVALUATING):
-                device.standing = Standing.SILENT
+                device.stands(Standing.SILENT)
         self.phase = None
 
 
 _HANDLERS = {
     "started": RunState._started,
     "joined": RunState._joined,
+    "left_out": RunState._left_out,
     "phase": RunState._phase,
     "answer": RunState._answer,
+    "unneeded": RunState._unneeded,
     "quarantined": RunState._quarantined,
     "round": RunState._round,
     "finished": RunState._finished,

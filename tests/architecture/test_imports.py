@@ -30,6 +30,7 @@ FLOWER_FILES = {
     "server/deployed.py",
     "server/door.py",
     "server/flower.py",
+    "server/launcher.py",
     "client/app.py",
     "client/agent/launcher.py",
     "client/relay.py",

@@ -10,6 +10,7 @@ import pytest
 from fedloom.client.data import Dataset, Example
 from fedloom.client.evaluation import evaluate, generate
 from fedloom.client.model import Resident, load_model
+from fedloom.client.progress import Stopped, watching
 from fedloom.client.starting import starting_payload
 from fedloom.client.training import tune
 from fedloom.protocols import config
@@ -99,3 +100,28 @@ def test_decoder_classifiers(tiny_llama: Path, examples: list[Example]) -> None:
     assert whole == pytest.approx(single, rel=1e-5)
     _learn(resident, examples, 40)
     assert evaluate(resident, data, Evaluation())["accuracy_sum"] == 4
+
+
+def test_each_batch_is_a_step(taught: Resident, examples: list[Example]) -> None:
+    data = Dataset(examples, taught, max_length=64, name="a")
+    told: list[tuple[int, int, float]] = []
+    with watching(lambda *step: told.append(step)):
+        metrics = evaluate(taught, data, Evaluation(batch_size=2))
+        evaluate(taught, data, Evaluation(batch_size=3, rouge=True, max_new_tokens=4))
+    assert [step[:2] for step in told] == [(1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert told[1][2] == metrics["loss_sum"] / metrics["tokens"]
+
+
+def test_an_evaluation_may_be_stopped_at_any_batch(taught: Resident, examples: list[Example]) -> None:
+    data = Dataset(examples, taught, max_length=64, name="a")
+    before = evaluate(taught, data, Evaluation())
+    told: list[int] = []
+
+    def stop(step: int, of: int, loss: float) -> None:
+        told.append(step)
+        raise Stopped
+
+    with watching(stop), pytest.raises(Stopped):
+        evaluate(taught, data, Evaluation(batch_size=1))
+    assert told == [1]
+    assert evaluate(taught, data, Evaluation()) == before

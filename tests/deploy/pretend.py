@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -19,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
+from common import BIN, free_port, kill
 
 from fedloom.client.chunks import cut, gather
 from fedloom.protocols import agent_pb2 as pb
@@ -30,14 +30,7 @@ from fedloom.protocols.messages import Refusal, Task
 from fedloom.server.keys import Consortium
 from fedloom.simulations.world import World
 
-BIN = Path(sys.executable).parent
 LIMIT = 2**29
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class _Agent(AgentServicer):
@@ -59,7 +52,8 @@ class _Agent(AgentServicer):
             try:
                 frame = encode(device.handle(task), wire=task.wire, seed=task.seed)
             except ValueError as error:
-                frame = encode(Refusal(device=device.name, round=task.round, reason=str(error)))
+                asked = {"round": task.round, "run": task.run, "nonce": task.nonce}
+                frame = encode(Refusal(device=device.name, reason=str(error), **asked))
         yield from cut(frame)
 
 
@@ -142,11 +136,16 @@ class Fleet:
             self.start(device)
 
     def kill(self, device: Device) -> None:
-        """Kill its SuperNode with -9; it stays dead until it is started."""
+        """Kill its SuperNode with -9, and what that started; it stays dead until it is started."""
         if (process := device.process) is not None:
             device.process = None
+            try:
+                children = psutil.Process(process.pid).children(recursive=True)
+            except psutil.Error:
+                children = []
             process.kill()
             process.wait()
+            kill(children)
 
     def close(self) -> None:
         self._closing.set()

@@ -1,16 +1,14 @@
 """A consortium on this machine: one server, devices with keys and TLS on loopback, each a process of its own.
 
 Everything is started by the commands that a user types. Processes are found by what they run, and killed by their pid.
+The recipe's pretend fleet is the same devices, so that a run in one process must end in the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,25 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common import FEDLOOM, command_of, environment, events_of, free_port, kill, launch, of_run, wait_until
 
-from fedloom.server.processes import processes_of
+from fedloom.protocols.config import read_recipe
 from fedloom.simulations.household.households import household
+from fedloom.simulations.runs import run_recipe
 
-FEDLOOM = Path(sys.executable).parent / "fedloom"
+PRETEND = tuple(f"device-{index:02d}" for index in range(5))  # how a simulation calls them
 NAMES = ("clinic-a", "clinic-b", "clinic-c", "clinic-d", "clinic-e")
+RANKS = (16, 8, 4, 4, 2)
+TRAIN_SCALE, TEST_SIZE = 0.2, 6
 RECIPE: dict[str, dict[str, Any]] = {
     "lora": {"alpha": 32.0},
     "train": {"steps": 2, "batch_size": 4, "lr": 0.002},
     "server": {"rounds": 2, "timeout": 90.0, "retries": 3, "retry_seconds": 1.0},
     "eval": {"every": 0},
+    "data": {"train_scale": TRAIN_SCALE, "test_size": TEST_SIZE},
     "track": {"tensorboard": False},
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def to_toml(table: Mapping[str, Mapping[str, Any]]) -> str:
@@ -45,11 +42,6 @@ def to_toml(table: Mapping[str, Mapping[str, Any]]) -> str:
     for section, keys in table.items():
         lines += [f"[{section}]"] + [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
     return "\n".join(lines) + "\n"
-
-
-def environment() -> dict[str, str]:
-    path = f"{FEDLOOM.parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0"}
 
 
 def run(*command: object, expect: int = 0) -> str:
@@ -71,41 +63,46 @@ class Stand:
     devices: int = 3
     strategy: str = "fedloom"
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    known: tuple[str, ...] = NAMES  # what devices are called; a pretend fleet's names make the same run
+    out: Path = Path()
+    host: str = "127.0.0.1"  # what devices dial
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
-        self.out = self.folder / "run"
-        self.names = NAMES[: self.devices]
+        self.out = self.out if self.out.name else self.folder / "run"
+        self.names = self.known[: self.devices]
         recipe = {key: dict(value) for key, value in RECIPE.items()} | {"strategy": {"name": self.strategy}}
+        recipe["fleet"] = {"devices": self.devices, "ranks": RANKS}
         for section, keys in self.changes.items():
             recipe.setdefault(section, {}).update(keys)
         (self.folder / "recipe.toml").write_text(f'name = "stand"\n{to_toml(recipe)}')
         server = {
-            "link": {"host": "127.0.0.1", "port": self.port},
+            "link": {"host": self.host if self.host == "127.0.0.1" else "0.0.0.0", "port": self.port},
             "keys": {"folder": str(self.folder / "keys")},
-            "fleet": {"wait_for": self.devices, "wait_seconds": 120.0},
+            "fleet": {"wait_for": self.devices, "wait_seconds": 600.0},
         }
         (self.folder / "server.toml").write_text(to_toml(server))
-        run("keys", "init", "--keys", self.folder / "keys", "--host", "127.0.0.1")
+        run("keys", "init", "--keys", self.folder / "keys", "--host", self.host)
         for index, name in enumerate(self.names):
             self.add_device(index, name)
 
     def add_device(self, index: int, name: str) -> None:
         bundle = self.folder / f"{name}.bundle.toml"
         keys = ("--keys", self.folder / "keys")
-        run("keys", "add-device", name, "--server", f"127.0.0.1:{self.port}", "--out", bundle, *keys)
-        home = household(index, seed=0, train_scale=0.2, test_size=6)
+        run("keys", "add-device", name, "--server", f"{self.host}:{self.port}", "--out", bundle, *keys)
+        home = household(index, seed=0, train_scale=TRAIN_SCALE, test_size=TEST_SIZE)
         for what, requests in (("train", home.train), ("test", home.test)):
             rows = [{"prompt": r.prompt, "completion": r.completion} for r in requests]
             (self.folder / f"{name}.{what}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         text = (
             f"join = {json.dumps(str(bundle))}\nrecipe = {json.dumps(str(self.folder / 'recipe.toml'))}\n"
-            f"state = {json.dumps(str(self.folder / 'state' / name))}\nrank = {(16, 8, 4, 4, 2)[index % 5]}\n"
+            f"state = {json.dumps(str(self.folder / 'state' / name))}\nrank = {RANKS[index % 5]}\n"
         )
         data = {what: str(self.folder / f"{name}.{what}.jsonl") for what in ("train", "test")}
-        (self.folder / f"{name}.toml").write_text(text + to_toml({"data": data}))
+        rules = {"threads": 1}  # as in a simulation: more would round differently
+        (self.folder / f"{name}.toml").write_text(text + to_toml({"data": data, "rules": rules}))
 
     def __enter__(self) -> Stand:
         return self
@@ -125,13 +122,13 @@ class Stand:
         for name in self.names:
             self.start_client(name)
 
+    def around(self, label: str) -> tuple[list[str], dict[str, str]]:
+        """What comes before a command, and in its environment: some stands put it on a network or clock of its own."""
+        return [], {}
+
     def _start(self, label: str, *command: object) -> None:
-        log = (self.folder / f"{label}.log").open("ab")
-        words = [str(FEDLOOM), *(str(word) for word in command)]
-        self.processes[label] = subprocess.Popen(
-            words, env=environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder
-        )
-        log.close()
+        before, extra = self.around(label)
+        self.processes[label] = launch(self.folder / f"{label}.log", *command, before=before, extra=extra)
 
     def stop(self) -> None:
         """End everything that was started, children too."""
@@ -152,23 +149,11 @@ class Stand:
 
     def events(self) -> list[dict[str, Any]]:
         """The whole lines of events.jsonl."""
-        path = self.out / "events.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines if line]
+        return events_of(self.out)
 
     def wait(self, what: Callable[[], Any], *, seconds: float = 180.0, pause: float = 0.05, label: str = "") -> Any:
         """Poll until `what` gives something true, and give it back."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            found = what()
-            if found:
-                return found
-            time.sleep(pause)
-        raise TimeoutError(
-            f"waited {seconds:.0f} s for {label or what}; the end of the server's log:\n{self.log('server')}"
-        )
+        return wait_until(what, seconds=seconds, pause=pause, label=label, said=lambda: self.log("server"))
 
     def log(self, label: str, lines: int = 40) -> str:
         path = self.folder / f"{label}.log"
@@ -190,10 +175,10 @@ class Stand:
         words = {"serverapp": "flwr-serverapp", "superlink": "fedloom.server.door", "supernode": "flower-supernode"}
         label, _, part = target.rpartition("/")
         if part in ("serverapp", "superlink"):
-            return [child for child in processes_of(self.out) if words[part] in " ".join(_cmdline(child))]
+            return of_run(self.out, words[part])
         if label:
             children = _tree(self.processes[label].pid)[1:]
-            return [child for child in children if words[part] in " ".join(_cmdline(child))]
+            return [child for child in children if words[part] in command_of(child)]
         return [psutil.Process(self.processes[target].pid)]
 
     def kill(self, target: str) -> int:
@@ -208,8 +193,12 @@ class Stand:
         return killed
 
     def final_state(self) -> bytes:
-        newest = sorted((self.out / "checkpoints").glob("round-*"))[-1]
-        return (newest / "state.safetensors").read_bytes()
+        return final_state(self.out)
+
+    def simulated(self, folder: Path) -> bytes:
+        """The final state of the same devices in this process, with nothing in between; for `known=PRETEND`."""
+        run_recipe(read_recipe(self.folder / "recipe.toml"), folder)
+        return final_state(folder)
 
     def records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines() if line]
@@ -223,23 +212,10 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def kill(processes: list[psutil.Process]) -> int:
-    """SIGKILL; how many there were."""
-    killed = 0
-    for process in processes:
-        try:
-            process.kill()
-            killed += 1
-        except psutil.NoSuchProcess:
-            pass
-    return killed
+def final_state(out: Path) -> bytes:
+    """The tensors of a run's newest checkpoint."""
+    newest = sorted((out / "checkpoints").glob("round-*"))[-1]
+    return (newest / "state.safetensors").read_bytes()
 
 
 def answers(events: list[dict[str, Any]], round: int, phase: str) -> Iterator[dict[str, Any]]:

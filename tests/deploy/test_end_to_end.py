@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pretend import BIN, Fleet, free_port
+from common import BIN, free_port
+from pretend import Fleet
 from serving import Serving
 
 from fedloom.protocols.config import RunConfig, read_recipe
 from fedloom.server.keys import Consortium
-from fedloom.server.processes import is_alive, processes_of
+from fedloom.server.processes import birth, is_alive, processes_of
 from fedloom.server.standing import read_standing
 from fedloom.simulations.cookbook import find_recipe
 from fedloom.simulations.runs import run_recipe
@@ -179,7 +180,7 @@ def test_a_killed_server_leaves_no_process(site: Site) -> None:
     site.fleet.start_all()
     server.start()
     server.wait(lambda: server.events("started"), label="the round loop")
-    left = [(process.pid, process.create_time()) for process in processes_of(server.out)]
+    left = [(process.pid, birth(process.pid)) for process in processes_of(server.out)]
     assert len(left) >= 3  # SuperLink, SuperExec, ServerApp
     assert server.process is not None
     server.process.kill()
@@ -241,7 +242,7 @@ def test_a_superlink_that_is_there_already_is_joined(
         assert server.stop() == 0
         standing = read_standing(server.out)
         assert standing is not None
-        assert not is_alive(standing.pid, standing.created)  # its ServerApp has ended too
+        assert not is_alive(standing.pid, standing.born)  # its ServerApp has ended too
         server.start()
         assert server.end() == 0
         assert "joining Flower's connection 'shared'" in server.said

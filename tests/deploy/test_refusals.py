@@ -12,16 +12,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-from stand import Stand, free_port, run
+from common import free_port
+from stand import Stand, run
 
 from fedloom.protocols.bundle import read_bundle, write_bundle
+from fedloom.server.control import connect
 from fedloom.server.keys import Consortium
 
 pytestmark = pytest.mark.deploy
+_FILES = {"ca": "ca.crt", "key": "device.key"}
 
 
 def test_who_is_not_let_in(tmp_path: Path) -> None:
-    with Stand(tmp_path, devices=3, changes={"server": {"rounds": 40}}) as stand:
+    with Stand(tmp_path, devices=3, changes={"server": {"rounds": 500}}) as stand:
         others = tmp_path / "other-keys"
         run("keys", "init", "--keys", others, "--host", "127.0.0.1")
         address = f"127.0.0.1:{stand.port}"
@@ -38,6 +41,7 @@ def test_who_is_not_let_in(tmp_path: Path) -> None:
                 "^state = .*$", f"state = {json.dumps(str(tmp_path / 'state' / name))}", text, flags=re.MULTILINE
             )
             (tmp_path / f"{name}.toml").write_text(text)
+        _let_in_under_another_name(stand, "clinic-d", "clinic-a")
         stand.start()
         checkpoints = stand.out / "checkpoints"
         stand.wait((checkpoints / "round-000001").exists, label="round 1")
@@ -49,19 +53,60 @@ def test_who_is_not_let_in(tmp_path: Path) -> None:
         stand.wait(lambda: "unable to get local issuer" in stand.log("wary"), label="the wrong CA to be noticed")
         stand.wait(lambda: "its key is unknown" in stand.log("server", 200), label="the server's line on the stranger")
 
-        before = max(event["round"] for event in stand.events() if event["event"] == "round")
         run("keys", "revoke", "clinic-c", "--keys", stand.folder / "keys")
         stand.wait(lambda: "clinic-c is shut out" in stand.log("server", 200), label="the server to shut clinic-c out")
+        refused = "its key was given to 'clinic-d', and it calls itself 'clinic-a'"
+        stand.start_client("clinic-d")
+        stand.wait(lambda: refused in stand.log("server", 200), label="clinic-d not to pass for clinic-a")
+        stand.processes["clinic-d"].terminate()
+        stand.processes["clinic-d"].wait(30)
+        _nothing_for_other_users(stand)
+
+        before = max(event["round"] for event in stand.events() if event["event"] == "round")
         stand.wait(lambda: "refuses this device's key" in stand.log("clinic-c"), label="clinic-c to be refused")
-        stand.wait_to_finish(300)
+        later = (checkpoints / f"round-{before + 4:06d}").exists
+        stand.wait(later, seconds=300, label=f"round {before + 4}")
         late = [
             e["device"]
             for e in stand.events()
             if e["event"] == "answer" and e["round"] > before + 2 and not e["refused"]
         ]
         assert set(late) == {"clinic-a", "clinic-b"}
+        assert stand.processes["server"].poll() is None
         told = {e["device"] for e in stand.events() if e["event"] == "joined"}
         assert told == {"clinic-a", "clinic-b", "clinic-c"}
+
+
+def _let_in_under_another_name(stand: Stand, name: str, claimed: str) -> None:
+    """A device of its own key whose settings call it by another's name."""
+    stand.add_device(3, name)
+    bundle = read_bundle(stand.folder / f"{name}.bundle.toml")
+    (stand.folder / "ca.crt").write_text(bundle.ca)
+    (stand.folder / "device.key").write_text(bundle.key)
+    path = stand.folder / f"{name}.toml"
+    own = f'name = "{claimed}"\nserver = "{bundle.server}"\n'
+    own += "".join(f"{key} = {json.dumps(str(stand.folder / file))}\n" for key, file in _FILES.items())
+    path.write_text(re.sub("^join = .*\n", own, path.read_text(), flags=re.MULTILINE))
+
+
+def _nothing_for_other_users(stand: Stand) -> None:
+    """Another user of the server's machine starts no run, and reads nothing that a run has written."""
+    ca = stand.folder / "keys" / "ca.crt"
+    stranger = connect(f"127.0.0.1:{stand.port}", ca, "a guess")
+    with pytest.raises(ValueError, match="SuperLink refused: HTTP 401"):
+        stranger.start_run(stand.out / "superlink" / "app", {})
+    stranger.close()
+    told = "/v1/control/start-run is for this run's own processes alone"
+    stand.wait(lambda: told in stand.log("server", 200), label="the server's line on another user")
+    for folder in (stand.out, stand.folder / "state" / "clinic-a", stand.folder / "keys"):
+        assert [path for path in (folder, *folder.rglob("*")) if _is_for_others(path)] == []
+
+
+def _is_for_others(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & 0o077)
+    except FileNotFoundError:  # an old checkpoint that was dropped meanwhile
+        return False
 
 
 def test_an_expired_certificate_is_refused_by_both_sides(tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ def hellos() -> list[Hello]:
 
 def refusals() -> list[Refusal]:
     return [
-        Refusal(device="hospital-a", round=3, reason="the data is not here", version=2),
+        Refusal(device="hospital-a", round=3, reason="the data is not here", version=2, run="0a" * 8, nonce=2**64 - 1),
+        Refusal(device="hospital-a", round=3, reason="not now: it is paused", version=2, run="r", nonce=1),
         Refusal(device="", round=0, reason=""),
     ]
 

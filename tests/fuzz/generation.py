@@ -236,7 +236,8 @@ def hellos(draw: DrawFn) -> Hello:
 
 
 def refusals() -> SearchStrategy[Refusal]:
-    return st.builds(Refusal, device=_TEXT, round=_COUNTS, reason=_TEXT, version=_COUNTS)
+    named = {"device": _TEXT, "round": _COUNTS, "run": _TEXT, "nonce": _WORDS}
+    return st.builds(Refusal, reason=_TEXT, version=_COUNTS, **named)
 
 
 MESSAGES: Final[dict[type[Any], Callable[[], SearchStrategy[Any]]]] = {

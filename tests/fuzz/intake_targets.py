@@ -25,6 +25,7 @@ from wire_targets import mutate_frame
 from fedloom.protocols.codec import TaskEncoder, decode_answer, encode
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.messages import (
+    NOT_NOW,
     Axis,
     DeviceReport,
     Hello,
@@ -182,12 +183,15 @@ def _check_intake(data: bytes) -> None:
 
 
 def _check_refused(desk: Desk, reception: Reception, case: Case, standing: Mapping[str, Any], frame: bytes) -> None:
-    same("refusals", (len(reception.refusals), desk.ledger.refused), (1, 1))
+    not_now = reception.refusals[0].startswith(f"{case.task.device}: {NOT_NOW}")
+    same("refusals", (len(reception.refusals), desk.ledger.refused), (1, int(not not_now)))
     one_line(ValueError(reception.refusals[0]))
     now = {name: values[:2] for name, values in desk.roster.to_json().items()}
     wanted = {name: values[:2] for name, values in standing.items()}
     if now != wanted:  # a device that says no tells which version it holds
         refusal = decode_answer(frame, (Update, Refusal), limit=len(frame))
+        for name in ("device", "round", "run", "nonce"):
+            same(f"a refusal's {name}", getattr(refusal, name), getattr(case.task, name))
         same("what a refusal may change", now, wanted | {case.task.device: [getattr(refusal, "version", None), 0]})
 
 
@@ -213,11 +217,16 @@ def _check_accepted(case: Case, update: Update) -> None:
             raise Broken(f"tensors of a state must be finite, got NaN or infinity in {name}")
 
 
+def _no(task: Task, reason: str) -> Refusal:
+    named = {"device": task.device, "round": task.round, "run": task.run, "nonce": task.nonce}
+    return Refusal(reason=reason, version=1, **named)
+
+
 def _intake_seeds() -> list[bytes]:
     return [
         bytes([number]) + encode(answer, wire=wire, seed=1)
         for number, case in enumerate(cases())
-        for answer in (case.good, Refusal(device=case.task.device, round=case.task.round, reason="no", version=1))
+        for answer in (case.good, _no(case.task, "no"), _no(case.task, f"{NOT_NOW}it is paused"))
         for wire in ("fp32", "int8")
     ]
 

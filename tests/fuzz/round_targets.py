@@ -11,6 +11,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -21,7 +22,8 @@ from wire_targets import KINDS, mutate_frame
 
 from fedloom.protocols.codec import decode, encode
 from fedloom.protocols.config import RunConfig, build_config
-from fedloom.protocols.messages import Hello, Refusal, Task, Update
+from fedloom.protocols.messages import Hello, Kind, Refusal, Task, Update
+from fedloom.protocols.seeds import derive_seed
 from fedloom.server.checkpoint import latest_checkpoint
 from fedloom.server.courier import Courier, Parcel, Reply
 from fedloom.server.loop import CHECKPOINTS, Coordinator
@@ -32,6 +34,7 @@ _STRATEGIES: Final = tuple(OPTIONS)
 _LATE: Final = 0x80  # of the first byte: the stranger comes after round 0
 _ALONE: Final = 0x40  # and: there is no other
 _STRANGER, _OTHER = 1, 2
+_RUN: Final = "0123abcd"
 Devices = Callable[[int, str, bytes], bytes]  # node, kind of message, frame in; frame out
 
 
@@ -72,7 +75,7 @@ def _run(number: int, devices: Devices, folder: Path, *, late: bool = False, alo
     shutil.rmtree(folder, ignore_errors=True)
     strategy = build(config.strategy.name, config.strategy.options, Scaling())
     courier = cast(Courier, Post(devices, late=late, alone=alone))
-    Coordinator(courier, config, strategy, folder, run="0123abcd").go()
+    Coordinator(courier, config, strategy, folder, run=_RUN).go()
 
 
 class Rounds:
@@ -125,8 +128,10 @@ class Rounds:
 
             _run(number, devices, self._folder)
             made += [bytes([number | flag]) + sent["train"] for flag in (0, _ALONE)]
-        no = Refusal(device="hospital-a", round=1, reason="no", version=1)
-        return [*made, bytes(1) + encode(no), bytes([_LATE]) + encode(no)]
+        nonce = derive_seed(_RUN, "nonce", Kind.TRAIN, 1, "hospital-a")
+        no = Refusal(device="hospital-a", round=1, run=_RUN, nonce=nonce, reason="no", version=1)
+        old = replace(no, nonce=nonce ^ 1, version=2**63 - 1)
+        return [*made, *(bytes([first]) + encode(each) for each in (no, old) for first in (0, _LATE))]
 
 
 def _is_greeting(frame: bytes) -> bool:

@@ -54,6 +54,8 @@ SHARES: Final[dict[str, dict[str, int]]] = {
     "file_targets": {"checkpoint": 4, "checkpoint-torn": 4, "journal": 3, "metrics": 2},
     "device_targets": {"tensorfile": 4, "store": 3, "patch": 3, "mask": 2, "examples": 6},
     "agent_targets": {"heading": 5, "chunks": 5, "answers": 2, "traffic": 1, "outbox": 1, "reason": 1},
+    "socket_targets": {"agent-socket": 3},
+    "link_targets": {"server-port": 2},
     "watch_targets": {"page": 2, "door": 4, "standing": 1, "device-keys": 2, "snapshot": 2},
     "settings_targets": {
         "recipe": 6,

@@ -69,8 +69,9 @@ class RunPage:
                 "rank": 8,
                 "capabilities": ["backprop"],
             },
+            {"event": "left_out", "device": _MARK, "reason": _MARK},
             {"event": "phase", "round": 1, "rounds": 9, "phase": "train", "devices": ["a", _MARK]},
-            {"event": "answer", "round": 1, "phase": "train", "device": "a", "bytes": 5, "seconds": 3.2, "refused": ""},
+            {"event": "answer", "round": 1, "phase": "train", "device": "a", "bytes": 5, "down": 7, "refused": ""},
             {
                 "event": "answer",
                 "round": 1,
@@ -80,6 +81,8 @@ class RunPage:
                 "seconds": 0,
                 "refused": _MARK,
             },
+            {"event": "answer", "round": 1, "phase": "train", "device": "a", "refused": f"not now: {_MARK}"},
+            {"event": "unneeded", "round": 1, "phase": "train", "device": _MARK, "down": 9},
             {"event": "quarantined", "device": "a", "until": 7, "reason": _MARK},
             {"event": "round", "round": 1, "record": record},
             {"event": "stopped", "reason": _MARK},
@@ -139,6 +142,8 @@ class Doorway:
         headers = [(b"flwr-public-key", key), (b"content-length", length)]
         status = self._loop.run_until_complete(self._ask(guests, path.decode("latin-1"), headers, body))
         known = guests().known
+        if self._reached and not self._reached[0].startswith("/v1/fleet/") and self._reached[0] != "/health":
+            raise Broken(f"a path must need the password, got {status} for {self._reached[0]!r}")
         if self._reached and known is not None and path.decode("latin-1").startswith("/v1/fleet/"):
             shown = _digest(key)
             if shown not in known and self._reached[0] != ENTER:
@@ -171,7 +176,7 @@ class Doorway:
             "headers": headers,
         }
         scope["app"] = SimpleNamespace()
-        await Door(behind, guests=guests, visits=VisitLog(self._folder))(scope, receive, send)
+        await Door(behind, guests=guests, visits=VisitLog(self._folder), password="never shown")(scope, receive, send)
         return int(sent[0]["status"])
 
     def mutate(self, data: bytes, rng: random.Random, havoc: Havoc) -> bytes:
@@ -208,7 +213,7 @@ class Notes:
         self._keys = Consortium(self._folder / "keys")
 
     def seeds_of_standing(self) -> list[bytes]:
-        write_standing(self._folder, Standing(pid=5, created=1.5, run_id=7, stage=Stage.WAITING, connected=1, needed=2))
+        write_standing(self._folder, Standing(pid=5, born=1.5, run_id=7, stage=Stage.WAITING, connected=1, needed=2))
         return [(self._folder / "serverapp.json").read_bytes()]
 
     def check_standing(self, data: bytes) -> None:

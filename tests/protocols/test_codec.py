@@ -190,10 +190,10 @@ def test_any_scalars_survive(metrics: Any, knobs: Any, reason: str) -> None:
 
 
 def test_golden_frame() -> None:
-    """The bytes of protocol version 2. Printed by `encode(small_task()).hex()`; a change to them is a change of the
+    """The bytes of protocol version 3. Printed by `encode(small_task()).hex()`; a change to them is a change of the
     protocol and needs a new PROTOCOL_VERSION once this one is released."""
     golden = """
-        46444c4d02000100580000003f9baecf
+        46444c4d0300010058000000fd16a810
         0000803f000000c00000000000000000000040400000003f0000000000000000
         0000803e000000000000000000000000
         0a016410011801210000000000000040280330013a046c6f72614801580162350a200a017110011900000000000000402001

@@ -84,7 +84,7 @@ def test_frames_are_refused_in_order() -> None:
     cases = [
         (b"", "a frame must have at least 16 bytes, got 0"),
         (patched(frame, 0, "4s", b"PK\3\4"), "a frame must begin with b'FDLM', got b'PK"),
-        (patched(frame, 4, "<H", 9), "this side speaks protocol version 2, the frame is of version 9"),
+        (patched(frame, 4, "<H", 9), "this side speaks protocol version 3, the frame is of version 9"),
         (patched(frame, 6, "B", 1), "frame must hold Update, got Task"),
         (patched(frame, 6, "B", 77), "frame must hold Update, got kind 77"),
         (

@@ -8,19 +8,21 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from fedloom.protocols.config import RunConfig, read_recipe
 from fedloom.server import deployed
 from fedloom.server.deployed import LOCK_FILE, run_in
+from fedloom.server.enrolled import NODES_FILE, Enrolled, check_name, write_nodes
 from fedloom.server.orders import Orders, read_orders, write_orders
-from fedloom.server.processes import MARK
+from fedloom.server.processes import MARK, birth
 from fedloom.server.standing import STANDING_FILE, Stage, read_standing
+from fedloom.server.superlink import FOLDER
 from fedloom.simulations.cookbook import find_recipe
 from fedloom.simulations.grid import InProcessGrid, pretend_nodes
 from fedloom.simulations.naming import run_name
@@ -49,7 +51,10 @@ def config() -> RunConfig:
 
 def order(out: Path, config: RunConfig, **changes: Any) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    write_orders(out, Orders(config=config, run=run_name(config), **{"wait_for": 2, **changes}))
+    orders = Orders(config=config, run=run_name(config), **{"wait_for": 2, **changes})
+    write_orders(out, orders)
+    (out / FOLDER).mkdir(exist_ok=True)
+    write_nodes(out / FOLDER, dict(enumerate(orders.names or (), start=1)))
 
 
 def grid_of(config: RunConfig, work: Path, missing_for: int = 0) -> SlowGrid:
@@ -66,6 +71,9 @@ def test_orders_come_back_as_they_were_given(tmp_path: Path, config: RunConfig) 
     orders = Orders(config=config, run="abc", wait_for=3, wait_seconds=5.0, rejoin_seconds=2.0, names=("a", "b"))
     write_orders(tmp_path, orders)
     assert read_orders(tmp_path) == orders
+    for names in (None, ()):  # nobody has to be on a list, and nobody is on the list
+        write_orders(tmp_path, replace(orders, names=names))
+        assert read_orders(tmp_path).names == names
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"config": {}, "run": "x", "wait_for": "many"}'])
@@ -85,7 +93,7 @@ def test_a_run_waits_for_its_devices_and_ends_as_a_simulated_one(tmp_path: Path,
     standing = read_standing(out)
     assert standing is not None
     assert (standing.stage, standing.pid, standing.run_id) == (Stage.FINISHED, os.getpid(), 5)
-    assert standing.created == psutil.Process().create_time()
+    assert standing.born == birth(os.getpid())
     assert events(out)[-1] == "finished"
 
     run_recipe(config, tmp_path / "simulated")
@@ -133,6 +141,97 @@ def test_a_device_that_stays_away_is_not_waited_for_forever(
     assert (tmp_path / "checkpoints" / "round-000003").exists()
 
 
+NAMES = ("device-00", "device-01")
+
+
+def refused(out: Path) -> list[str]:
+    found = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if line]
+    return [event["refused"] for event in found if event["event"] == "answer" and event["refused"]]
+
+
+def test_a_device_that_passes_for_another_is_left_out_also_after_a_restart(
+    tmp_path: Path, config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The key of node 2 was given to mallory, who greets as device-01."""
+    order(tmp_path, config, wait_for=1, rejoin_seconds=0.0, names=NAMES)
+    write_nodes(tmp_path / FOLDER, {1: "device-00", 2: "mallory"})
+    run_in(tmp_path, grid_of(config, tmp_path / "work"), 1)
+    line = "its key was given to 'mallory', and it calls itself 'device-01'"
+    assert set(refused(tmp_path)) == {line}
+    assert f"node 2 is left out: {line}" in caplog.text
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["round"], last["updates"]) == (2, 1)
+
+    longer = config.model_copy(update={"server": config.server.model_copy(update={"rounds": 3})})
+    order(tmp_path, longer, wait_for=1, rejoin_seconds=0.0, names=NAMES)
+    write_nodes(tmp_path / FOLDER, {1: "device-00", 2: "mallory"})
+    run_in(tmp_path, grid_of(longer, tmp_path / "work"), 2)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["round"], last["updates"]) == (3, 1)
+
+
+def test_a_node_on_nobodys_name_is_not_there(tmp_path: Path, config: RunConfig) -> None:
+    order(tmp_path, config, wait_for=2, wait_seconds=0.3, names=NAMES)
+    write_nodes(tmp_path / FOLDER, {1: "device-00"})
+    with pytest.raises(ValueError, match=r"a run waits for 2 devices, got 1 within 0.3 s"):
+        run_in(tmp_path, grid_of(config, tmp_path / "work"), 1)
+    (tmp_path / FOLDER / NODES_FILE).unlink()
+    with pytest.raises(ValueError, match=r"a run waits for 2 devices, got 0 within 0.3 s"):
+        run_in(tmp_path, grid_of(config, tmp_path / "work"), 1)
+
+
+def test_the_list_of_nodes_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    enrolled = Enrolled(tmp_path)
+    assert enrolled.names() == {}
+    for names in ({1: "a"}, {1: "a", 2**64 - 1: "b"}):
+        write_nodes(tmp_path, names)
+        assert enrolled.names() == names
+    for text in ("", "[]", "{", '{"x": "a"}', "9" * 5000):
+        (tmp_path / NODES_FILE).write_text(text)
+        assert enrolled.names() == {}
+    with pytest.raises(ValueError, match="its key was taken back, and it calls itself 'a'"):
+        check_name("a", 1, {})
+    check_name("a", 1, None)
+
+
+def test_all_that_a_run_writes_is_for_its_user_alone(tmp_path: Path, config: RunConfig) -> None:
+    """Whatever the umask is: updates in the journal, the model in checkpoints, names in the logs."""
+    out = tmp_path / "open"
+    mask = os.umask(0)
+    try:
+        order(out, config)
+        out.chmod(0o777)
+        run_in(out, grid_of(config, tmp_path / "work"), 1)
+        assert os.umask(0) == 0  # as it was before
+    finally:
+        os.umask(mask)
+    assert out.stat().st_mode & 0o777 == 0o700
+    made = [path for path in out.rglob("*") if path.name not in ("plan.json", "nodes.json", FOLDER)]  # the test's own
+    assert {"state.safetensors", "metrics.jsonl", "events.jsonl", "serverapp.json"} <= {path.name for path in made}
+    assert [path.name for path in made if path.stat().st_mode & 0o077] == []
+
+
+class DoubledGrid(SlowGrid):
+    """A grid on which every node is the first device."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        for node in self._nodes.values():
+            node.node_config["partition-id"] = 0
+
+
+def test_a_second_device_of_one_name_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it may be where there are no keys."""
+    order(tmp_path, config)
+    run_in(tmp_path, DoubledGrid(pretend_nodes(2), pretend_app, (config, tmp_path / "work")), 1)
+    assert set(refused(tmp_path)) == {"device names must differ, got 'device-00' twice"}
+    assert "is left out: device names must differ, got 'device-00' twice" in caplog.text
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["round"], last["updates"]) == (2, 1)
+
+
 class LeavingGrid(SlowGrid):
     """A grid whose second node is away from the second look on, for a number of looks."""
 
@@ -178,3 +277,18 @@ def test_the_folder_comes_from_the_run_or_from_the_environment(monkeypatch: pyte
     assert deployed._out_of(context) == Path("/runs/mine")
     context.run_config["plan"] = "/runs/joined"
     assert deployed._out_of(context) == Path("/runs/joined")
+
+
+def test_a_run_that_has_begun_goes_on_when_a_device_leaves_at_once(tmp_path: Path, config: RunConfig) -> None:
+    """Also with fewer than it waited for to begin with: its key may have been taken back."""
+
+    class Leaves(SlowGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            nodes = list(super().get_node_ids())
+            return nodes if self.looks < 3 else nodes[:1]
+
+    order(tmp_path, config, wait_for=2, wait_seconds=60.0, rejoin_seconds=1.0)
+    began = time.monotonic()
+    run_in(tmp_path, Leaves(pretend_nodes(2), pretend_app, (config, tmp_path / "work")), 1)
+    assert time.monotonic() - began < 45
+    assert (tmp_path / "checkpoints" / "round-000002").exists()

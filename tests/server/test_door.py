@@ -7,11 +7,16 @@ import base64
 import json
 import os
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata
+from flwr.proto.node_pb2 import Node
 
 from fedloom.server import presence
 from fedloom.server.door import HELD, OVER, Door
@@ -20,6 +25,8 @@ from fedloom.server.presence import ANSWER, CONFIRM, ENTER, GET_RUN, HEARTBEAT, 
 
 KEY, REVOKED, STRANGER = b"PEM of a", b"PEM of b", b"PEM of nobody"
 ELSEWHERE, HERE = ("10.0.0.9", 5000), ("127.0.0.1", 5000)
+PASSWORD = "known to the run's own processes"
+SHOWN = {b"fedloom-password": PASSWORD.encode()}
 
 
 class Links:
@@ -46,7 +53,12 @@ class House:
         write_guests(folder, guests)
         self.folder, self.links = folder, Links()
         self.status, self.read, self.answer = 200, 0, b""
-        self.door = Door(self._app, guests=GuestList(folder, every=0.0), visits=VisitLog(folder))
+        self.open()
+
+    def open(self) -> None:
+        """A door that nobody has come to yet."""
+        guests, visits = GuestList(self.folder, every=0.0), VisitLog(self.folder)
+        self.door = Door(self._app, guests=guests, visits=visits, password=PASSWORD)
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         self.read = 0
@@ -138,9 +150,23 @@ def test_entry_is_refused_by_flower_and_noted_by_the_door(house: House) -> None:
 def test_what_is_not_for_devices_is_for_this_machine_alone(house: House, path: str) -> None:
     assert house.ask(path) == 403
     assert house.visits == [("refused", "", f"{path} is for this machine alone")]
-    assert house.ask(path, client=HERE, key=None) == 200
-    assert house.ask(path, client=("10.0.0.1", 1), key=None) == 200  # from the address that it came to
+    assert house.ask(path, headers=SHOWN) == 403  # the password is not for others to try
+    assert house.ask(path, client=HERE, key=None, headers=SHOWN) == 200
+    assert house.ask(path, client=("10.0.0.1", 1), key=None, headers=SHOWN) == 200  # from the address that it came to
     assert house.ask(path, kind="websocket") == 1008
+
+
+@pytest.mark.parametrize("path", ["/v1/control/start-run", "/v1/runtime/acquire-task", "/docs", "/"])
+@pytest.mark.parametrize(
+    "headers", [{}, {b"fedloom-password": b""}, {b"fedloom-password": b"guess"}, {b"password": PASSWORD.encode()}]
+)
+def test_another_user_of_this_machine_gets_nothing_without_the_runs_password(
+    house: House, path: str, headers: dict[bytes, bytes]
+) -> None:
+    assert house.ask(path, client=HERE, key=None, headers=headers, body=(b"x" * 100,)) == 401
+    assert house.read == 0
+    assert house.visits == [("refused", "", f"{path} is for this run's own processes alone")]
+    assert house.ask(path, client=HERE, kind="websocket", headers=headers) == 1008
 
 
 def test_health_is_for_everyone(house: House) -> None:
@@ -167,7 +193,7 @@ class Clock:
     def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         monkeypatch.setattr(presence.time, "monotonic", lambda: self.now)
-        house.door = Door(house._app, guests=GuestList(house.folder, every=0.0), visits=VisitLog(house.folder))
+        house.open()
 
 
 def test_a_lost_connection_gives_its_place_to_the_device_that_comes_back(
@@ -280,6 +306,49 @@ def test_another_with_the_devices_key_but_not_its_signature_changes_nothing(hous
     house.ask(ANSWER)
     house.status = 200
     assert house.ask(POLL) == 401  # it still owes
+
+
+def push(node: int, *sources: int) -> bytes:
+    """A push of answers as Flower's SuperNode makes it: the node that pushes, and in whose name each answer is."""
+    messages = [ProtoMessage(metadata=Metadata(src_node_id=source)) for source in sources]
+    return PushMessagesRequest(node=Node(node_id=node), messages_list=messages).SerializeToString()
+
+
+def test_nobody_answers_in_anothers_name(house: House) -> None:
+    """Flower 1.41 holds a push's node against the key, and not the node that its answers name."""
+    assert house.ask(ANSWER, body=(push(7, 7),)) == 200
+    whole = push(7, 7)
+    assert house.ask(ANSWER, body=(whole[:3], whole[3:])) == 200
+    assert house.read == len(whole)
+    house.read = 0
+    for body in (push(7, 8), push(7, 7, 8)):
+        assert house.ask(ANSWER, body=(body,)) == 403
+    assert house.read == 0
+    assert house.visits == [("refused", "a", "it answers in another device's name")]
+    assert house.ask(ANSWER, body=(b"no protobuf",)) == 200  # Flower refuses it by itself
+    assert house.ask(ANSWER, body=(b"x" * 999, b"x", b"x")) == 413
+    assert house.visits[-1] == ("refused", "a", "it sent more than 1000 bytes")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "why"),
+    [(4, ""), (-300, ""), (43, "its clock is 43 s ahead"), (-1000, "its clock is 1000 s behind")],
+)
+def test_a_clock_that_is_wrong_is_named(house: House, seconds: int, why: str) -> None:
+    """To Flower a wrong time is a bad signature, 401."""
+    house.status = 401
+    signed = datetime.now(UTC) + timedelta(seconds=seconds)
+    house.ask(ENTER, headers={b"flwr-timestamp": signed.isoformat().encode()})
+    assert house.visits == ([("refused", "a", why)] if why else [])
+    house.status = 200
+    house.ask(POLL, headers={b"flwr-timestamp": signed.isoformat().encode()})
+    assert len(house.visits) == bool(why)
+
+
+@pytest.mark.parametrize("header", [b"", b"now", b"\xff", b"0001-01-01T00:00:00+23:59", b"9" * 500])
+def test_no_time_is_too_strange(house: House, header: bytes) -> None:
+    house.status = 401
+    assert house.ask(ENTER, headers={b"flwr-timestamp": header}) == 401
 
 
 def test_the_list_may_change_while_the_door_is_open(house: House) -> None:

@@ -17,13 +17,14 @@ from fedloom.protocols.messages import (
     ModelSpec,
     Over,
     Payload,
+    Refusal,
     Scalars,
     Start,
     Subspace,
     Task,
     Update,
 )
-from fedloom.server.intake import check_update
+from fedloom.server.intake import check_refusal, check_update
 
 SPEC = ModelSpec(
     base_hash="h",
@@ -258,3 +259,25 @@ def test_good_scalars_pass() -> None:
 def test_bad_scalars_are_refused(task: Task, bad: Update, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         check_update(bad, task, SPEC)
+
+
+NO = Refusal(device="x", round=3, reason="the data is gone", run="r", nonce=7, version=2)
+
+
+def test_a_refusal_is_of_its_task() -> None:
+    check_refusal(NO, TASK)
+    check_refusal(replace(NO, reason="", version=0), TASK)
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (replace(NO, device="y"), "a refusal's device must be its task's 'x', got 'y'; it said: the data is gone"),
+        (replace(NO, round=2), "a refusal's round must be its task's 3, got 2; it said: the data is gone"),
+        (replace(NO, run="other"), "a refusal's run must be its task's 'r', got 'other'; it said: the data is gone"),
+        (replace(NO, nonce=6, reason=""), "a refusal's nonce must be its task's 7, got 6; it said: no reason given"),
+    ],
+)
+def test_an_old_or_borrowed_refusal_is_none(bad: Refusal, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^{why}$"):
+        check_refusal(bad, TASK)

@@ -141,6 +141,21 @@ def test_a_device_is_not_sent_where_it_would_be_refused(consortium: Consortium, 
     assert consortium.devices() == []
 
 
+def test_the_whole_folder_is_for_its_owner_alone_whatever_the_umask(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    try:
+        consortium = Consortium(tmp_path / "keys")
+        consortium.init()
+        consortium.add_device("a", "127.0.0.1:1", out=tmp_path / "a.toml")
+        consortium.revoke("a")
+        assert os.umask(0) == 0  # as it was before
+    finally:
+        os.umask(mask)
+    made = [tmp_path / "a.toml", tmp_path / "keys", *(tmp_path / "keys").rglob("*")]
+    assert len(made) == 10
+    assert [path.name for path in made if path.stat().st_mode & 0o077] == []
+
+
 def test_revoking_twice_changes_nothing(tmp_path: Path) -> None:
     now = [datetime(2026, 1, 1, tzinfo=UTC)]
     consortium = Consortium(tmp_path / "keys", clock=lambda: now[0])

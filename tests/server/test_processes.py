@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedloom.server.processes import claim, end_all, is_alive, processes_of, start_tethered
+from fedloom.server.processes import birth, claim, end_all, is_alive, processes_of, start_tethered
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 # A process that starts another in a session of its own, as Flower does, and tells its number.
@@ -53,10 +53,10 @@ def test_a_tethered_process_ends_with_a_server_that_is_killed(out: Path) -> None
     with subprocess.Popen([sys.executable, "-c", SERVER, str(out)], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         pid = int(server.stdout.readline())
-        created = psutil.Process(pid).create_time()
+        born = birth(pid)
         assert _within(5, lambda: "time.sleep" in " ".join(psutil.Process(pid).cmdline()))
         server.send_signal(signal.SIGKILL)
-    assert _within(5, lambda: is_alive(pid, created), False)
+    assert _within(5, lambda: is_alive(pid, born), False)
 
 
 def test_a_command_whose_parent_died_before_it_began_does_not_run(out: Path) -> None:
@@ -101,10 +101,32 @@ def test_processes_of_another_run_are_let_be(out: Path) -> None:
 
 
 def test_a_number_is_not_enough_to_be_alive() -> None:
-    mine = psutil.Process()
-    assert is_alive(mine.pid, mine.create_time())
-    assert not is_alive(mine.pid, mine.create_time() - 60)
-    assert not is_alive(2**22 + 1, mine.create_time())
+    mine, born = os.getpid(), birth(os.getpid())
+    assert is_alive(mine, born)
+    assert not is_alive(mine, born - 60)
+    assert not is_alive(2**22 + 1, born)
+
+
+def test_a_process_is_the_same_after_the_clock_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting the clock moves the time at which Linux says that it was started, and so psutil's times of processes."""
+    mine, born, there = os.getpid(), birth(os.getpid()), psutil.Process().create_time()
+    moved = psutil.boot_time() + 7200
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: moved)
+    assert psutil.Process().create_time() == pytest.approx(there + 7200, abs=1)
+    assert birth(mine) == born
+    assert is_alive(mine, born)
+
+
+def test_a_process_may_have_any_name(out: Path) -> None:
+    name = out / "a) S 1 (b"
+    name.symlink_to(sys.executable)
+    with subprocess.Popen([str(name), "-S", "-c", "import time; time.sleep(60)"]) as process:
+        assert _within(5, lambda: ") S 1 (" in Path(f"/proc/{process.pid}/stat").read_text())
+        born = birth(process.pid)
+        assert born - birth(os.getpid()) >= 0
+        assert is_alive(process.pid, born)
+        process.kill()
+        assert _within(5, lambda: is_alive(process.pid, born), False)  # a zombie until it is waited for
 
 
 def test_a_folder_has_one_server(out: Path) -> None:

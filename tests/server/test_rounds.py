@@ -8,104 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from weather import DEVICES, CrashAt, CrashError, Weather, config, final, go, write_table
 
-from fedloom.protocols.config import RunConfig, build_config, override
-from fedloom.server.app import Plan, coordinate
 from fedloom.server.events import EVENTS_FILE, EventLog
 from fedloom.server.loop import JOURNAL, TooFew
 from fedloom.server.watch import Silent
-from fedloom.simulations.grid import InProcessGrid, pretend_nodes
-from fedloom.simulations.world import pretend_app
-
-DEVICES = 5
-
-
-class Weather(InProcessGrid):
-    """Pretend devices by node, 1 to 5, of which some are slow (their answers come last), silent, away or garbled."""
-
-    def __init__(self, config: RunConfig, work: Path) -> None:
-        super().__init__(pretend_nodes(DEVICES), pretend_app, (config, work))
-        self.slow: set[int] = set()
-        self.silent: set[int] = set()
-        self.away: set[int] = set()
-        self.garbled: set[int] = set()
-        self.asked: list[tuple[str, int]] = []
-        self._held: dict[str, Message] = {}
-        self._target: dict[str, int] = {}
-
-    def get_node_ids(self) -> Iterable[int]:
-        return [node for node in super().get_node_ids() if node not in self.away]
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        some = list(messages)
-        ids = list(super().push_messages(some))
-        for id_, message in zip(ids, some, strict=True):
-            self.asked.append((message.metadata.message_type, message.metadata.dst_node_id))
-            self._target[id_] = message.metadata.dst_node_id
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        ids = list(message_ids)
-        while found := list(super().pull_messages(list(self._target))):
-            self._held |= {message.metadata.reply_to_message_id: message for message in found}
-        ready = [id_ for id_ in ids if id_ in self._held and self._target[id_] not in self.silent]
-        quick = [id_ for id_ in ready if self._target[id_] not in self.slow]
-        return [self._answer(id_) for id_ in (quick or ready)[::-1]]
-
-    def _answer(self, id_: str) -> Message:
-        message = self._held.pop(id_)
-        if self._target[id_] in self.garbled:
-            frame = bytearray(message.content["fedloom"]["frame"])
-            frame[40] ^= 1
-            message.content = RecordDict({"fedloom": ConfigRecord({"frame": bytes(frame)})})
-        return message
-
-
-class CrashError(Exception):
-    """A pretend crash."""
-
-
-class CrashAt(Silent):
-    """Dies at the n-th answer of a phase."""
-
-    def __init__(self, round: int, phase: str, answers: int) -> None:
-        self._at, self._left = (round, phase), answers
-
-    def answered(self, **about: Any) -> None:
-        self._left -= (about["round"], about["phase"]) == self._at
-        if self._left == 0:
-            raise CrashError
 
 
 @pytest.fixture
 def table(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
-    """A recipe of five unequal devices and two rounds."""
-    data = tmp_path / "requests.jsonl"
-    rows = [{"prompt": f"turn on lamp {n}\n", "completion": f"lamp({n})", "label": str(n % 2)} for n in range(40)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model": {"path": str(tiny_llama)},
-        "data": {"source": str(data), "max_length": 32},
-        "fleet": {"devices": DEVICES, "ranks": [8, 4, 2], "partition": "iid"},
-        "train": {"steps": 1, "batch_size": 4, "lr": 0.01},
-        "server": {"rounds": 2, "timeout": 60.0},
-        "track": {"tensorboard": False},
-    }
-
-
-def config(table: dict[str, Any], **changes: Any) -> RunConfig:
-    return build_config(override(table, {key.replace("__", "."): value for key, value in changes.items()}))
-
-
-def go(grid: Weather, recipe: RunConfig, out: Path, watcher: Any = None) -> list[dict[str, Any]]:
-    plan = Plan(config=recipe, out=out, run="run", resume=True, durable=True, window=99, pause=0.001)
-    return coordinate(grid, plan, watcher).history
-
-
-def final(out: Path) -> tuple[bytes, bytes]:
-    newest = sorted((out / "checkpoints").glob("round-*"))[-1]
-    return (newest / "state.safetensors").read_bytes(), (newest / "run.json").read_bytes()
+    return write_table(tiny_llama, tmp_path)
 
 
 @pytest.mark.parametrize("phase", ["train", "evaluate"])
@@ -150,10 +62,15 @@ def test_a_round_ends_with_its_first_good_answers(table: dict[str, Any], tmp_pat
     recipe = config(table, server__cohort=3, server__over_select=1.6, server__timeout=0.5, eval__every=0)
     grid = Weather(recipe, tmp_path / "devices")
     began: list[Any] = []
+    unneeded: list[tuple[int, str]] = []
 
     class Watch(Silent):
         def began(self, **about: Any) -> None:
             began.append((about["phase"], len(about["devices"])))
+
+        def unneeded(self, **about: Any) -> None:
+            unneeded.append((about["round"], about["device"]))
+            assert about["down"] == len(grid.sent["train", int(about["device"][-2:]) + 1][about["round"] - 1])
 
         def ended(self, *, record: Any) -> None:
             grid.silent = {2}
@@ -163,6 +80,10 @@ def test_a_round_ends_with_its_first_good_answers(table: dict[str, Any], tmp_pat
     assert [record["updates"] for record in history[1:]] == [3, 3]
     assert history[1]["refused"] == 0  # device-01 never answered, and nobody waited for it
     assert history[2]["refused"] == 1  # but it was asked to evaluate at the end
+    assert [round for round, _ in unneeded] == [1, 1, 2, 2]
+    assert (2, "device-01") in unneeded
+    roster = json.loads(final(tmp_path / "run")[1])["roster"]
+    assert {name: values[2:] for name, values in roster.items()} == {f"device-0{n}": [0, 0] for n in range(DEVICES)}
 
 
 def test_a_silent_device_is_waited_for_as_long_as_the_recipe_says_and_then_rests(
@@ -206,6 +127,7 @@ def test_a_round_with_too_few_answers_is_tried_again(table: dict[str, Any], tmp_
     history = go(grid, recipe, tmp_path / "run", Recovers())
     assert [record["updates"] for record in history[1:]] == [5, 5]
     assert len([node for kind, node in grid.asked if kind == "train"]) == 11  # four answers of round 1 were kept
+    assert history[-1]["bytes_down"] == sum(len(frame) for frames in grid.sent.values() for frame in frames)
 
     grid = Weather(recipe, tmp_path / "others")
 
@@ -334,3 +256,42 @@ def test_a_late_device_that_no_task_fits_stays_out(table: dict[str, Any], tmp_pa
     history = go(grid, recipe, tmp_path / "run", Opens())
     assert [record.get("updates") for record in history] == [None, 4, 4]
     assert "device-03" not in history[-1]["devices"]
+
+
+@pytest.mark.parametrize(("least", "silent"), [(5, set()), (4, {3})])
+def test_a_round_that_is_tried_again_takes_in_who_has_come(
+    table: dict[str, Any], tmp_path: Path, least: int, silent: set[int]
+) -> None:
+    """Its first plan is in the journal, and is not all that a retry goes by: too few were here, or one was silent."""
+    rules = {"server__timeout": 0.3, "server__min_updates": least, "server__retries": 1, "server__retry_seconds": 0.0}
+    recipe = config(table, eval__every=0, **rules)
+
+    class Late(Weather):
+        looks = 0
+
+        def get_node_ids(self) -> Iterable[int]:
+            self.looks += 1  # at the start, before rounds 0 and 1, and before the second try
+            return [node for node in super().get_node_ids() if node != 5 or self.looks > 3]
+
+    grid = Late(recipe, tmp_path / "devices")
+
+    class Watch(Silent):
+        def ended(self, *, record: Any) -> None:
+            grid.silent = silent
+
+    history = go(grid, recipe, tmp_path / "run", Watch())
+    assert [record.get("updates") for record in history] == [None, least, least]
+    assert history[-1]["bytes_down"] == sum(len(frame) for frames in grid.sent.values() for frame in frames)
+
+
+def test_an_answer_of_a_device_that_has_gone_since_is_used(table: dict[str, Any], tmp_path: Path) -> None:
+    """It is in the journal when the server comes back, and the device does not."""
+    recipe = config(table)
+    with pytest.raises(CrashError):
+        go(Weather(recipe, tmp_path / "devices"), recipe, tmp_path / "run", CrashAt(1, "train", 5))
+    again = Weather(recipe, tmp_path / "devices")
+    again.away = {5}
+    history = go(again, recipe, tmp_path / "run")
+    assert [record["updates"] for record in history] == [5, 4]
+    roster = json.loads(final(tmp_path / "run")[1])["roster"]
+    assert roster["device-04"][:2] == [0, 1]  # it trained in round 1 and was brought to no later version

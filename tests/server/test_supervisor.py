@@ -18,21 +18,22 @@ from fedloom.server import supervisor as module
 from fedloom.server.admission import Admission
 from fedloom.server.control import RunStatus
 from fedloom.server.orders import Orders, read_orders
-from fedloom.server.processes import end_all, processes_of, start_tethered
+from fedloom.server.processes import birth, end_all, processes_of, start_tethered
+from fedloom.server.standing import Stage, Standing, write_standing
 from fedloom.server.supervisor import RunError, Supervisor
 
 # A ServerApp: argv is OUT, Flower's run number, and steps. It says where it stands as the real one does.
 PLAYER = """
 import os, sys, time
 from pathlib import Path
-import psutil
 from fedloom.server.events import EventLog
+from fedloom.server.processes import birth
 from fedloom.server.standing import Stage, Standing, write_standing
 out, run = Path(sys.argv[1]), int(sys.argv[2])
 def post(stage, **about):
     pid = os.getpid()
     write_standing(out, Standing(
-        pid=pid, created=psutil.Process().create_time(), run_id=run, stage=Stage(stage), **about))
+        pid=pid, born=birth(pid), run_id=run, stage=Stage(stage), **about))
 for step in sys.argv[3:]:
     name, _, value = step.partition(":")
     if name == "mute":
@@ -58,9 +59,12 @@ class Register:
     def __init__(self) -> None:
         self.stopped: list[int] = []
         self.status = RunStatus(status="running")
+        self.refuses = False
 
     def stop_run(self, run: int) -> None:
         self.stopped.append(run)
+        if self.refuses:
+            raise ConnectionError("SuperLink cannot be reached")
 
     def run_status(self, run: int) -> RunStatus:
         return self.status
@@ -76,6 +80,7 @@ class StageLink:
         self.control: Any = Register()
         self.submitted, self.starts, self.stops = 0, 0, 0
         self.problems: list[str] = []
+        self.stale: list[int] = []
         self.players: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -87,6 +92,10 @@ class StageLink:
         command = [sys.executable, "-c", PLAYER, str(self._out), str(self.submitted), *script.split(",")]
         self.players.append(start_tethered(command, self._out, log=self._out / "log", environment={}))
         return self.submitted
+
+    def stale_runs(self) -> list[int]:
+        stale, self.stale = self.stale, []
+        return stale
 
     def problem(self) -> str:
         return self.problems.pop(0) if self.problems else ""
@@ -230,6 +239,48 @@ def test_a_superlink_that_dies_is_started_again_and_given_the_run_again(out: Pat
     supervisor.run()
     assert (link.submitted, link.starts, link.stops) == (2, 2, 2)
     assert "SuperLink: it was killed (signal 9); starting it again" in memory.lines
+
+
+def test_what_a_killed_server_left_running_in_flower_is_stopped_first(out: Path) -> None:
+    supervisor, link, memory = supervise(out, "finished")
+    link.stale = [7, 9]
+    supervisor.run()
+    assert link.control.stopped == [7, 9]
+    assert memory.lines == ["stopped what was left running in Flower from before: run 7, 9"]
+    assert link.submitted == 1
+
+
+def test_a_server_app_that_outlived_its_server_is_ended_before_the_next_begins(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a SuperLink that was joined nobody else ends it, and it would hold the folder's lock."""
+    monkeypatch.setattr(module, "STALE_SECONDS", 0.2)
+    supervisor, link, _ = supervise(out, "finished")
+    link.stale = [7]
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        born = birth(left.pid)
+        write_standing(out, Standing(pid=left.pid, born=born, run_id=7, stage=Stage.RUNNING))
+        supervisor.run()
+        assert left.poll() is not None
+        write_standing(out, Standing(pid=other.pid, born=born + 60, run_id=7, stage=Stage.RUNNING))
+        supervisor, link, _ = supervise(out, "finished")
+        link.stale = [7]
+        supervisor.run()
+        assert other.poll() is None  # a number that another program has by now
+    finally:
+        for process in (left, other):
+            process.kill()
+            process.wait()
+
+
+def test_runs_that_cannot_be_stopped_are_told_and_the_run_goes_on(out: Path) -> None:
+    supervisor, link, memory = supervise(out, "finished")
+    link.stale, link.control.refuses = [7], True
+    supervisor.run()
+    assert memory.lines == ["runs of an earlier server could not be stopped: SuperLink cannot be reached"]
+    assert link.submitted == 1
 
 
 def test_a_stop_ends_everything_and_is_written_down(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from fedloom.protocols.config import RunConfig, build_config, contenders, override
 from fedloom.protocols.messages import Kind, Task, Update
 from fedloom.server.checkpoint import latest_checkpoint
-from fedloom.simulations import runs
+from fedloom.simulations import naming, runs
 from fedloom.simulations.cookbook import RECIPES
 from fedloom.simulations.runs import run_recipe
 
@@ -122,7 +122,7 @@ def test_a_device_that_missed_rounds_judges_the_same_model(table: dict[str, Any]
 
 def test_a_falling_learning_rate_makes_the_number_of_rounds_part_of_the_run(table: dict[str, Any]) -> None:
     names = [
-        runs.run_name(config(table, {"train.schedule": schedule, "server.rounds": rounds}))
+        naming.run_name(config(table, {"train.schedule": schedule, "server.rounds": rounds}))
         for schedule in ("constant", "linear")
         for rounds in (3, 4)
     ]

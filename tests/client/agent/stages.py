@@ -1,18 +1,25 @@
-"""What tests of the agent start from: settings, a task, and a running agent with its places."""
+"""What tests of the agent start from: settings, a task, a running agent with its places, and ways to ask it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedloom.client.agent.agent import Agent
+from fedloom.client.agent.calls import Calls, calling
 from fedloom.client.agent.home import Home
 from fedloom.client.data import Example
 from fedloom.client.settings import DeviceSettings
-from fedloom.protocols.messages import Start, Task
+from fedloom.protocols.codec import decode_answer, encode
+from fedloom.protocols.messages import Refusal, Start, Task, Update
+
+LIMIT = 2**29
+LONG = {"steps": 100_000, "lr": 1e-5, "batch_size": 4}
 
 
 def write_examples(path: Path, examples: Sequence[Example]) -> Path:
@@ -52,3 +59,33 @@ class Stage:
     settings: DeviceSettings
     home: Home
     agent: Agent
+
+
+def ask(agent: Calls, task: Task | bytes) -> Update | Refusal:
+    frame = task if isinstance(task, bytes) else encode(task)
+    return decode_answer(agent.perform(frame), (Update, Refusal), limit=LIMIT)
+
+
+def refusal(agent: Calls, task: Task | bytes) -> Refusal:
+    answer = ask(agent, task)
+    assert isinstance(answer, Refusal), answer
+    return answer
+
+
+def in_background(stage: Stage, frame: bytes) -> tuple[threading.Thread, list[bytes]]:
+    answers: list[bytes] = []
+
+    def call() -> None:
+        with calling(stage.home.socket) as calls:
+            answers.append(calls.perform(frame))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread, answers
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)

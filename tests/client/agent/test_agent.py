@@ -7,7 +7,6 @@ import random
 import signal
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,39 +16,26 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from stages import Stage, make_settings, make_task
+from stages import LIMIT, LONG, Stage, ask, in_background, make_settings, make_task, refusal, until
 
 from fedloom.client.agent.agent import running
 from fedloom.client.agent.calls import Calls, calling
 from fedloom.client.agent.home import Home, socket_uri
 from fedloom.client.agent.outbox import entries
-from fedloom.client.chunks import CHUNK, cut
+from fedloom.client.chunks import CHUNK
 from fedloom.client.data import Example
 from fedloom.client.device import Device
 from fedloom.client.model import Resident
 from fedloom.protocols import agent_pb2 as pb
 from fedloom.protocols.agent_pb2_grpc import AgentStub
 from fedloom.protocols.codec import decode, decode_answer, encode
-from fedloom.protocols.messages import Hello, Kind, Patch, Payload, Refusal, Task, Update
-
-LIMIT = 2**29
+from fedloom.protocols.messages import Hello, Kind, Patch, Payload, Refusal, Update
 
 
 @pytest.fixture
 def agent(stage: Stage) -> Iterator[Calls]:
     with calling(stage.home.socket) as calls:
         yield calls
-
-
-def ask(agent: Calls, task: Task | bytes) -> Update | Refusal:
-    frame = task if isinstance(task, bytes) else encode(task)
-    return decode_answer(agent.perform(frame), (Update, Refusal), limit=LIMIT)
-
-
-def refusal(agent: Calls, task: Task | bytes) -> Refusal:
-    answer = ask(agent, task)
-    assert isinstance(answer, Refusal), answer
-    return answer
 
 
 def same(x: Payload, y: Payload) -> bool:
@@ -74,6 +60,24 @@ def test_the_answers_are_those_of_the_device(
         assert got.metrics == wanted.metrics
         assert got.cost.peak_rss_bytes > 2**24
     assert decode(agent.hello(), Hello, limit=LIMIT).report.version == 1
+
+
+def test_all_that_an_agent_writes_is_for_its_user_alone(
+    tmp_path: Path, tiny_llama: Path, examples: list[Example]
+) -> None:
+    """Whatever the umask is: the model, the last answers, the log of what left."""
+    settings = make_settings(tmp_path, tiny_llama, examples)
+    home = Home(folder=settings.folder)
+    mask = os.umask(0)
+    try:
+        with running(settings, home), calling(home.socket) as agent:
+            assert isinstance(ask(agent, make_task()), Update)
+        assert os.umask(0) == 0  # as it was before
+    finally:
+        os.umask(mask)
+    made = [home.folder, *home.folder.rglob("*")]
+    assert {"outbox.jsonl", "answers", "traffic.json"} <= {path.name for path in made}
+    assert [path.name for path in made if path.stat().st_mode & 0o077] == []
 
 
 def test_the_same_frame_gives_the_same_bytes_and_no_work(stage: Stage, agent: Calls) -> None:
@@ -116,9 +120,10 @@ def test_what_is_refused_says_why_and_what_is_held(stage: Stage, agent: Calls, l
         "training diverged": make_task(knobs={"steps": 8, "lr": 1e30, "optimizer": "sgd", "clip": 0.0}),
     }
     for reason, task in cases.items():
-        refused = refusal(agent, replace(task, round=7))
+        refused = refusal(agent, replace(task, round=7, nonce=99))
         assert reason in refused.reason
         assert (refused.device, refused.round, refused.version) == ("a", 7, held)
+        assert (refused.run, refused.nonce) == (task.run, 99)
     stale = Patch(base_hash=llama.spec.base_hash, since=5, version=6, payload=Payload())
     assert refusal(agent, make_task(patch=stale)).version == held
     assert not refusal(agent, make_task(run="cd" * 8, rank=99)).version  # of a run that this device holds nothing of
@@ -300,50 +305,6 @@ def test_tasks_wait_for_each_other_and_too_many_are_sent_away(stage: Stage) -> N
     assert sent_away
     assert set(sent_away) == {"not now: this device is busy and 4 tasks wait already"}
     assert len(sent_away) <= 2
-
-
-def in_background(stage: Stage, frame: bytes) -> tuple[threading.Thread, list[bytes]]:
-    answers: list[bytes] = []
-
-    def call() -> None:
-        with calling(stage.home.socket) as calls:
-            answers.append(calls.perform(frame))
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    return thread, answers
-
-
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-LONG = {"steps": 100_000, "lr": 1e-5, "batch_size": 4}
-
-
-def test_pause_stops_what_runs_and_lasts(stage: Stage, agent: Calls) -> None:
-    thread, answers = in_background(stage, encode(make_task(round=8, knobs=LONG)))
-    until(lambda: agent.status().progress.round == 8 and agent.status().progress.step > 0)
-    assert agent.pause().state == "paused"
-    thread.join(10)
-    reason = "not now: this device is paused by its owner"
-    assert decode(answers[0], Refusal, limit=LIMIT).reason == reason
-    assert refusal(agent, make_task(round=8)).reason == reason
-    assert decode(agent.hello(), Refusal, limit=LIMIT).reason == reason
-    assert stage.home.paused.exists()  # and so it is after a restart
-    assert agent.resume().state == "idle"
-    assert isinstance(ask(agent, make_task(round=8)), Update)
-
-
-def test_a_task_that_nobody_waits_for_gives_way(stage: Stage, agent: Calls) -> None:
-    with grpc.insecure_channel(socket_uri(stage.home.socket)) as channel:
-        call = AgentStub(channel).Perform(cut(encode(make_task(round=10, knobs=LONG))))
-        until(lambda: agent.status().progress.round == 10 and agent.status().progress.step > 0)
-        call.cancel()
-    assert isinstance(ask(agent, make_task(round=11)), Update)
 
 
 def test_a_model_process_that_dies_is_one_refusal_and_another_process(stage: Stage, agent: Calls) -> None:

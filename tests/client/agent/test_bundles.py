@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from ssl import create_default_context
 
@@ -124,6 +125,20 @@ def connected(home: Home) -> bool:
         return False
 
 
+def nobody_is_served(family: Sequence[psutil.Process]) -> bool:
+    """Whether the SuperNode's port, which every user of the machine can connect to, answers nothing but 401."""
+    ports = [line.laddr.port for process in family for line in process.net_connections() if line.status == "LISTEN"]
+    for port in ports:
+        for path in ("/v1/runtime/acquire-task", "/v1/runtime/pull-task-input", "/health", "/docs", "/"):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", data=b"", timeout=5)
+                return False
+            except urllib.error.HTTPError as error:
+                if error.code != 401:
+                    return False
+    return bool(ports)
+
+
 def test_a_servers_code_never_runs_on_a_device(
     tmp_path: Path,
     tiny_llama: Path,
@@ -158,6 +173,7 @@ def test_a_servers_code_never_runs_on_a_device(
         assert not list((home.link / "flower").rglob("evil_client.py"))  # it was not even unpacked
         family = psutil.Process(device.pid).children(recursive=True)
         assert len(family) >= 3
+        assert nobody_is_served(family)
         device.kill()
         device.wait()
         _, alive = psutil.wait_procs(family, timeout=20)

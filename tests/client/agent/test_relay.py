@@ -106,6 +106,16 @@ def test_an_agent_that_stays_away_is_a_refusal(tmp_path: Path) -> None:
     assert 0.4 < time.monotonic() - began < 10
     assert answer.device == "a"
     assert answer.reason.startswith("the device's agent is not there")
+    assert (answer.round, answer.run, answer.nonce) == (0, "", 0)
+
+
+def test_a_refusal_of_the_relay_names_the_task(tmp_path: Path) -> None:
+    context, task = context_of(tmp_path / "none.sock"), make_task(round=33, nonce=2**63 + 1)
+    frame = relayed(context, lambda agent: agent.perform(b""), task=encode(task), patience=0.2)
+    answer = decode(frame, Refusal, limit=LIMIT)
+    assert (answer.device, answer.round, answer.run, answer.nonce) == ("a", 33, task.run, 2**63 + 1)
+    bent = relayed(context, lambda agent: agent.perform(b""), task=encode(task)[:-1], patience=0.2)
+    assert decode(bent, Refusal, limit=LIMIT).nonce == 0
 
 
 def test_an_agent_that_comes_late_is_waited_for(stage: Stage) -> None:

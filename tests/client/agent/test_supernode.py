@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import ssl
@@ -10,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import psutil
@@ -21,9 +25,10 @@ import pytest
 from fedloom.client.agent import supernode
 from fedloom.client.agent.home import Home
 from fedloom.client.agent.launcher import write_commands
-from fedloom.client.agent.link import Link, probe
+from fedloom.client.agent.link import Link, probe, seconds_ahead
 from fedloom.client.agent.linklog import REFUSED, UNREACHABLE, LinkLog, is_last, meaning
 from fedloom.client.agent.supernode import SuperNode
+from fedloom.protocols.password import HEADER, VARIABLE, fresh
 from fedloom.server.keys import Consortium
 
 
@@ -35,8 +40,8 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def listening(consortium: Consortium | None) -> Iterator[int]:
-    """A port that accepts, over TLS with a consortium's certificate, or without."""
+def listening(consortium: Consortium | None, date: str = "") -> Iterator[int]:
+    """A port that accepts, over TLS with a consortium's certificate, or without; with a date it says the time."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         context = None
         if consortium is not None:
@@ -56,7 +61,10 @@ def listening(consortium: Consortium | None) -> Iterator[int]:
                             line.recv(100)
                             line.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
                         else:
-                            context.wrap_socket(line, server_side=True).close()
+                            with context.wrap_socket(line, server_side=True) as secure:
+                                if date:
+                                    secure.recv(1000)
+                                    secure.sendall(f"HTTP/1.1 200 OK\r\n{date}\r\n\r\n".encode())
                     except OSError:
                         continue
 
@@ -97,6 +105,56 @@ def test_a_probe_tells_what_is_wrong_with_a_server(consortium: Consortium, tmp_p
     assert probe(Link(server=f"127.0.0.1:{port}", ca=ca_of(consortium), key="k")) == (
         f"127.0.0.1:{port} cannot be reached: Connection refused"
     )
+
+
+def date_of(seconds: float) -> str:
+    """How a server says the time whose clock is so far ahead."""
+    return f"Date: {format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)}"
+
+
+@pytest.mark.parametrize(("ahead", "word"), [(-60, "60 s ahead of"), (-9, "9 s ahead of"), (3600, "3600 s behind")])
+def test_a_clock_that_is_wrong_is_told_by_how_much(consortium: Consortium, ahead: float, word: str) -> None:
+    with listening(consortium, date_of(ahead)) as port:
+        line = probe(Link(server=f"127.0.0.1:{port}", ca=ca_of(consortium), key="k"))
+    told = re.fullmatch(
+        r"this device's clock is wrong: about (\d+) s (ahead of|behind) the server's, which lets in none that is 5 s "
+        "ahead or 5 minutes behind",
+        line,
+    )
+    assert told, line
+    seconds, _, way = word.partition(" s ")
+    assert told.group(2) == way
+    assert abs(int(told.group(1)) - int(seconds)) <= 2
+
+
+@pytest.mark.parametrize("says", ["", "Date: soon", "Server: x", 0.0, -3.0, 290.0])
+def test_a_clock_that_may_be_right_is_let_be(consortium: Consortium, says: str | float) -> None:
+    with listening(consortium, says if isinstance(says, str) else date_of(says)) as port:
+        assert probe(Link(server=f"127.0.0.1:{port}", ca=ca_of(consortium), key="k")) == ""
+
+
+def test_what_flower_calls_unreachable_may_be_the_clock(consortium: Consortium, tmp_path: Path) -> None:
+    """It may have jumped after the probe; near the limit, where a probe is not sure, the failure makes it so."""
+    for ahead, start in ((0.0, UNREACHABLE), (-5.0, "this device's clock is wrong"), (400.0, "this device's clock is")):
+        said: list[str] = []
+        with listening(consortium, date_of(ahead)) as port:
+            link = Link(server=f"127.0.0.1:{port}", ca=ca_of(consortium), key="k")
+            node = SuperNode(link, "a", Home(folder=tmp_path), said.append)
+            node._broke(UNREACHABLE)
+            assert said == []
+            node._broke(UNREACHABLE)
+        assert len(said) == 1
+        assert said[0].startswith(start)
+    assert seconds_ahead(Link(server=f"127.0.0.1:{port}", ca=ca_of(consortium), key="k")) is None
+    assert seconds_ahead(Link(server=f"127.0.0.1:{port}")) is None
+
+
+def test_a_certificate_from_the_future_raises_the_question_of_the_clock(tmp_path: Path) -> None:
+    made = Consortium(tmp_path, clock=lambda: datetime.now(UTC) + timedelta(days=60))
+    made.init()
+    with listening(made) as port:
+        reason = probe(Link(server=f"127.0.0.1:{port}", ca=ca_of(made), key="k"))
+    assert f"is not yet valid; is this device's clock right? It says {time.strftime('%Y-%m-%d')}" in reason
 
 
 def test_flowers_words_become_plain_ones() -> None:
@@ -141,6 +199,19 @@ def test_a_server_that_cannot_be_reached_is_tried_again_and_said_once(tmp_path: 
     began = time.monotonic()
     node.stop()
     assert time.monotonic() - began < 3
+
+
+def test_a_clock_that_goes_on_being_wrong_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how much it is wrong is measured anew at each try, and is never quite the same."""
+    ahead = iter(range(7200, 8000))
+    monkeypatch.setattr("fedloom.client.agent.supernode.probe", lambda _: f"the clock is {next(ahead)} s ahead")
+    home, said = Home(folder=tmp_path), []
+    home.open()
+    node = SuperNode(Link(server="127.0.0.1:1"), "a", home, said.append)
+    node.start()
+    until(lambda: next(iter(node.status()["problem"].split()[3:4]), "") > "7200")
+    node.stop()
+    assert said == ["the clock is 7200 s ahead"]
 
 
 CHILD = """
@@ -205,6 +276,49 @@ def test_a_supernode_finds_only_commands_that_run_no_bundle(tmp_path: Path) -> N
     done = subprocess.run([tmp_path / "flwr-clientapp", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "Run a Flower ClientApp" in done.stdout
+
+
+def status_of(port: int, headers: dict[str, str]) -> int:
+    """Of a request to a SuperNode's Runtime API; 0 before it answers."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/runtime/acquire-task", data=b"", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return int(error.code)
+    except OSError:
+        return 0
+
+
+def test_a_supernode_serves_nobody_without_the_devices_password(tmp_path: Path) -> None:
+    """Also without a server: its port is open from the start."""
+    write_commands(tmp_path)
+    password = fresh()
+    command = [str(tmp_path / "flower-supernode"), "--insecure", "--superlink", "127.0.0.1:1"]
+    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    told = {"PATH": path, "FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    surroundings = {**os.environ, **told}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "must be started with FEDLOOM_PASSWORD" in done.stderr
+    process = subprocess.Popen(
+        command, env={**surroundings, VARIABLE: password}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        node = psutil.Process(process.pid)
+        until(lambda: any(line.status == "LISTEN" for line in node.net_connections()), 60)
+        (port,) = {line.laddr.port for line in node.net_connections() if line.status == "LISTEN"}
+        until(lambda: status_of(port, {}) > 0, 60)
+        with pytest.raises(OSError, match="in use"), socket.socket() as taken:  # held from the start
+            taken.bind(("127.0.0.1", port))
+        for headers in ({}, {HEADER: ""}, {HEADER: "a guess"}):
+            assert status_of(port, headers) == 401
+        assert status_of(port, {HEADER: password}) not in (0, 401)  # Flower's own answer
+        assert password not in " ".join(psutil.Process(process.pid).cmdline())
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
 
 
 def test_secrets_are_for_the_owner_alone(consortium: Consortium, tmp_path: Path) -> None:

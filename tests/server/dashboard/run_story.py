@@ -22,7 +22,7 @@ class Story:
         nodes = [str(1000 + index) for index in range(len(self.devices))]
         self.log.began(round=0, rounds=self.rounds, phase="hello", devices=nodes)
         for rank, device in enumerate(self.devices, 1):
-            self.log.answered(round=0, phase="hello", device=device, size=1400, seconds=0.0, refused="")
+            self.log.answered(round=0, phase="hello", device=device, size=1400, down=0, seconds=0.0, refused="")
             self.log.joined(
                 report=DeviceReport(device=device, examples=100 * rank, rank=rank, software="fedloom 0.1.0")
             )
@@ -42,10 +42,12 @@ class Story:
         *,
         phase: str = "train",
         size: int = 1000,
+        down: int = 2500,
         seconds: float = 1.5,
         refused: str = "",
     ) -> Story:
-        self.log.answered(round=round, phase=phase, device=device, size=size, seconds=seconds, refused=refused)
+        told = {"size": size, "down": down, "seconds": seconds, "refused": refused}
+        self.log.answered(round=round, phase=phase, device=device, **told)
         return self
 
     def end(self, round: int, **changes: Any) -> Story:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.server.dashboard.charts import DRAWN, HEIGHT, MARKED, WIDTH, Series, draw, thinned, ticks
-from fedloom.server.dashboard.units import Metric, human_bytes, human_seconds, iso
+from fedloom.server.units import Metric
 
 VALUES = st.floats(min_value=-1e12, max_value=1e12)
 
@@ -79,25 +79,3 @@ def test_long_lines_are_thinned_and_keep_their_ends() -> None:
     chart = draw("m", [Series(label="a", points=points[:MARKED])], unit="", last=0, text=str, tick=str)
     assert chart is not None
     assert len(chart.lines[0].markers) == MARKED
-
-
-def test_units() -> None:
-    assert [human_bytes(n) for n in (0, 999, 1000, 1_234_567, 9.996e9, 1.5e18)] == [
-        "0 B",
-        "999 B",
-        "1.00 kB",
-        "1.23 MB",
-        "10.0 GB",
-        "1,500 PB",
-    ]
-    assert [human_seconds(s) for s in (None, 0.11, 5.25, 42, 150, 3600, 5400)] == [
-        "\N{EN DASH}",
-        "0.11 s",
-        "5.2 s",
-        "42 s",
-        "2 min 30 s",
-        "1 h",
-        "1 h 30 min",
-    ]
-    assert Metric(key="loss").change(-0.5) == "\N{MINUS SIGN}0.500"
-    assert iso(0) == "1970-01-01T00:00:00Z"

@@ -78,6 +78,7 @@ def test_figures_of_a_run(dashboard: Dashboard, story: Story) -> None:
     assert of(samples, "train_loss") == pytest.approx(1.7)
     assert (of(samples, "phase_asked"), of(samples, "phase_answered")) == (3, 1)
     assert of(samples, "device_received_bytes_total", device="clinic") == 2077
+    assert of(samples, "device_sent_bytes_total", device="clinic") == 7500
     assert of(samples, "device_rounds_total", device="clinic") == 2
     assert of(samples, "device_answer_seconds", device="clinic") == 2.5
     assert of(samples, "device_quarantined", device="hospital-a") == 0

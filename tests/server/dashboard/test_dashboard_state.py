@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_story import Story
 
+from fedloom.protocols.messages import DeviceReport
 from fedloom.server.dashboard.fields import DEVICE_LIMIT, clean
 from fedloom.server.dashboard.folder import RunFolder
 from fedloom.server.dashboard.rounds import LATEST, ROUND_LIMIT, Rounds, read_round
@@ -38,7 +39,7 @@ def test_a_run_from_its_beginning_to_its_end(story: Story) -> None:
     assert run.phase is not None
     assert (run.phase.round, run.phase.answered, run.phase.asked) == (1, 1, 3)
     device = run.devices["hospital-a"]
-    assert (device.standing, device.seconds, device.total().size) == (Standing.ANSWERED, 3.25, 1700)
+    assert (device.standing, device.seconds, device.total().up) == (Standing.ANSWERED, 3.25, 1700)
     assert run.devices["clinic"].standing == Standing.TRAINING
     story.answer(1, "hospital-b", size=0, refused="no answer within 60 s").end(1)
     folder.poll()
@@ -53,7 +54,7 @@ def test_a_run_from_its_beginning_to_its_end(story: Story) -> None:
 
 def test_nodes_that_say_hello_are_no_devices_yet(story: Story) -> None:
     story.log.began(round=0, rounds=4, phase="hello", devices=["1", "2"])
-    story.log.answered(round=0, phase="hello", device="1", size=0, seconds=0.0, refused="it holds another base")
+    story.log.answered(round=0, phase="hello", device="1", size=0, down=0, seconds=0.0, refused="it holds another base")
     run = read(story.out).run
     assert run.devices == {}
     assert run.phase is not None
@@ -61,25 +62,64 @@ def test_nodes_that_say_hello_are_no_devices_yet(story: Story) -> None:
     assert run.incidents[0].reason == "it holds another base"
 
 
+def test_who_does_not_take_part_is_named_once(story: Story) -> None:
+    story.begin()
+    for _ in range(3):  # before every round
+        story.log.left_out(device="cellar", reason="it holds another base")
+        story.log.answered(round=0, phase="hello", device="attic", size=9, down=0, seconds=0, refused="not now: paused")
+    run = read(story.out).run
+    assert [(incident.device, incident.reason) for incident in run.incidents] == [
+        ("attic", "not now: paused"),
+        ("cellar", "it holds another base"),
+    ]
+    assert (run.devices["cellar"].standing, run.devices["cellar"].why) == (Standing.LEFT_OUT, "it holds another base")
+    story.log.joined(report=DeviceReport(device="cellar", examples=1, rank=1))
+    assert (device := read(story.out).run.devices["cellar"]).standing == Standing.JOINED
+    assert device.why == ""
+
+
+def test_not_now_and_not_needed_are_no_failures(story: Story) -> None:
+    story.begin().ask(1).answer(1, "hospital-a")
+    story.answer(1, "clinic", refused="not now: it works at 22:00-06:00 only")
+    story.log.unneeded(round=1, phase="train", device="hospital-b", down=300)
+    folder = read(story.out)
+    run = folder.run
+    assert run.phase is not None
+    assert (run.phase.answered, run.phase.asked, run.phase.waiting) == (2, 2, set())
+    story.end(1)
+    folder.poll()
+    standings = {name: (device.standing, device.why) for name, device in run.devices.items()}
+    assert standings["clinic"] == (Standing.NOT_NOW, "it works at 22:00-06:00 only")
+    assert standings["hospital-b"] == (Standing.NOT_NEEDED, "")
+    totals = {name: device.total() for name, device in run.devices.items()}
+    assert {name: (total.rounds, total.refused) for name, total in totals.items()} == {
+        "hospital-a": (1, 0),
+        "hospital-b": (0, 0),
+        "clinic": (0, 0),
+    }
+    assert (totals["hospital-b"].up, totals["hospital-b"].down) == (0, 300)
+    assert list(run.incidents) == []
+
+
 def test_a_restart_does_not_count_a_round_twice(story: Story) -> None:
     """Killed in round 2 with one answer in; the journal's answer is told again, then the round ends."""
     story.begin().whole_round(0).whole_round(1).ask(2).answer(2, "hospital-a", size=500)
     before = read(story.out)
-    assert before.run.devices["hospital-a"].total().size == 2500
+    assert before.run.devices["hospital-a"].total().up == 2500
     story.begin(after=1).ask(2)
     for device in story.devices:
         story.answer(2, device, size=500)
     story.end(2)
     after = read(story.out).run
     total = after.devices["hospital-a"].total()
-    assert (total.size, total.rounds, total.refused) == (2500, 2, 0)
+    assert (total.up, total.rounds, total.refused) == (2500, 2, 0)
     assert (after.starts, after.round) == (2, 2)
 
 
 def test_a_crash_between_the_checkpoint_and_its_line_keeps_the_round(story: Story) -> None:
     story.begin().ask(1).answer(1, "hospital-a", size=500)
     story.begin(after=1)
-    assert read(story.out).run.devices["hospital-a"].total().size == 500
+    assert read(story.out).run.devices["hospital-a"].total().up == 500
 
 
 def test_rounds_that_are_done_again_are_forgotten(story: Story) -> None:
@@ -157,13 +197,25 @@ KEYS = (
     "devices",
     "phase",
     "bytes",
+    "down",
     "seconds",
     "refused",
     "until",
     "record",
     "rank",
 )
-EVENTS = ("started", "joined", "phase", "answer", "quarantined", "round", "finished", "stopped")
+EVENTS = (
+    "started",
+    "joined",
+    "left_out",
+    "phase",
+    "answer",
+    "unneeded",
+    "quarantined",
+    "round",
+    "finished",
+    "stopped",
+)
 
 
 @given(events=st.lists(st.tuples(st.sampled_from(EVENTS), st.dictionaries(st.sampled_from(KEYS), JSON)), max_size=8))
@@ -174,7 +226,7 @@ def test_whatever_a_line_holds_it_is_taken_or_refused(events: list[tuple[str, di
             run.apply({**fields, "event": kind})
         except ValueError:
             continue
-    assert all(device.total().size >= 0 for device in run.devices.values())
+    assert all(device.total().up >= 0 for device in run.devices.values())
 
 
 def test_memory_is_bounded() -> None:
@@ -185,7 +237,7 @@ def test_memory_is_bounded() -> None:
         run.apply({"event": "answer", "device": "d0", "round": round, "phase": "train", "bytes": 2})
     assert (len(run.devices), run.crowded, len(run.incidents)) == (DEVICE_LIMIT, True, REFUSAL_LIMIT)
     assert len(run.devices["d0"].open) == OPEN_LIMIT
-    assert run.devices["d0"].total().size == 2 * (OPEN_LIMIT + 50)
+    assert run.devices["d0"].total().up == 2 * (OPEN_LIMIT + 50)
 
 
 def test_many_rounds_are_thinned_but_for_the_first_and_the_last() -> None:

@@ -1,4 +1,4 @@
-"""Numbers as the page writes them."""
+"""Numbers as people read them: on the run page, in reports and in the terminal."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ class Metric:
         return self.key != "loss"
 
     def text(self, value: float) -> str:
+        if not math.isfinite(value):
+            return "n/a"
         return f"{100 * value:.1f}%" if self.is_share else f"{value:.3f}"
 
-    def change(self, value: float) -> str:
+    def signed(self, value: float) -> str:
         """A difference with its sign, in percentage points for shares."""
-        text = f"{100 * value:+.1f} points" if self.is_share else f"{value:+.3f}"
-        return text.replace("-", MINUS)
+        if not math.isfinite(value):
+            return "n/a"
+        return (f"{100 * value:+.1f}" if self.is_share else f"{value:+.3f}").replace("-", MINUS)
+
+    def change(self, value: float) -> str:
+        """The same with its unit."""
+        return self.signed(value) + (" points" if self.is_share else "")
 
     def tick(self, value: float) -> str:
         return f"{100 * value:.4g}%" if self.is_share else f"{value:.4g}"
