@@ -25,6 +25,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.protocols.messages import DeviceReport, ModelSpec, Patch, Payload, Start, Task, Update
 from fedloom.protocols.shapes import Shapes
@@ -36,10 +37,23 @@ from fedloom.strategies.fedloom import Fedloom
 from fedloom.strategies.knapsack import Choice, Setting, solve_settings
 from fedloom.strategies.packing import spec_of
 from fedloom.strategies.server_optimizer import MergeOptions, refuse_elementwise
-from fedloom.strategies.unequal import BITS, FLOPS, MEASURE, NEED, SCORE, Seen, most_rank, noted, shapes_of, told_shapes
+from fedloom.strategies.unequal import (
+    BITS,
+    FLOPS,
+    MEASURE,
+    NEED,
+    PASSES,
+    SCORE,
+    Seen,
+    most_rank,
+    noted,
+    shapes_of,
+    told_shapes,
+)
 
 log = logging.getLogger(__name__)
 
+POINTS = 8  # tasks by which a device's speed is judged
 STATES = 2000  # of the knapsack: its answer is exact, or proven to be as near as it says
 SHORTEST = 1e-9  # seconds of a task: what a device may say, and a rate stays finite
 MARGIN = 0.05  # share of the memory that ran out which is left free from then on
@@ -127,6 +141,7 @@ class FedPipe(MergeOptions):
                 BITS: chosen.bits,
                 NEED: chosen.memory,
                 FLOPS: chosen.flops,
+                PASSES: self._passes(chosen.batch),
             }
             if "scores" not in known:
                 knobs[MEASURE] = 1
@@ -282,6 +297,7 @@ class FedPipe(MergeOptions):
     ) -> Setting:
         """The knapsack of one batch and one number of bits."""
         passes, rate = self._passes(batch), float(known["rate"])
+        slack = passes * float(known.get("overhead", 0.0))
         bare = self._step(shapes, {}, batch, bits)
         worth = {16: 1.0, 8: self.worth_8, 4: self.worth_4}[bits]
         total = sum(known["scores"].values()) or 1.0
@@ -298,17 +314,36 @@ class FedPipe(MergeOptions):
                     for rank in options
                 ]
             )
-        return Setting(groups=groups, memory=fixed(shapes, bare), seconds=passes * flops(shapes, bare) / rate)
+        return Setting(groups=groups, memory=fixed(shapes, bare), seconds=passes * flops(shapes, bare) / rate + slack)
 
     def _seconds(self, state: State, known: Mapping[str, Any]) -> float | None:
         """How long a device may take: `pace` of a warm-up at the fleet's median speed, or at its own where slower."""
-        rates = [pipe["rate"] for pipe in state.meta["pipes"].values() if "rate" in pipe]
-        if not self.pace or not rates:
+        if not self.pace:
             return None
-        shapes = shapes_of(state)
-        ranks = dict.fromkeys(spec_of(state).matrices, self.warmup_rank)
-        slower = min(float(np.median(rates)), float(known["rate"]))
-        return self.pace * self._allocation(shapes, ranks, self.work.batch, 16).flops / slower
+        shapes, batch = shapes_of(state), self.work.batch
+        work = self._allocation(shapes, dict.fromkeys(spec_of(state).matrices, self.warmup_rank), batch, 16).flops
+
+        def took(pipe: Mapping[str, Any]) -> float:
+            return work / float(pipe["rate"]) + self._passes(batch) * float(pipe.get("overhead", 0.0))
+
+        fleet = [took(pipe) for pipe in state.meta["pipes"].values() if "rate" in pipe]
+        return self.pace * max(float(np.median(fleet)), took(known))
+
+
+def speed(points: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """A device's operations a second and its seconds a pass beside them, from (flops, passes, seconds) of its tasks.
+
+    Least squares of relative errors, both >= 0; one task, or tasks all alike, tell a rate alone.
+    """
+    table: NDArray[np.float64] = np.array(points, np.float64)
+    work, took = table[:, :2], table[:, 2]
+    rows = work / took[:, None]
+    scale = rows.max(0)
+    answer, _, rank, _ = np.linalg.lstsq(rows / scale, np.ones(len(rows)), rcond=1e-3)
+    slope, overhead = answer / scale
+    if rank == 2 and slope > 0 and overhead > 0:
+        return float(1 / slope), float(overhead)
+    return float(work[:, 0].sum() / took.sum()), 0.0
 
 
 def _nothing_fits(report: DeviceReport, smallest: float, lent: float) -> ValueError:
@@ -324,7 +359,9 @@ def _learned(known: Mapping[str, Any], one: Seen, spec: ModelSpec) -> dict[str, 
         return {**known, "bound": bound}
     learned = {**known, "bits": int(one.measured.get(BITS, 16.0))}
     if one.measured.get(FLOPS):
-        learned["rate"] = one.measured[FLOPS] / max(one.seconds, SHORTEST)
+        point = [one.measured[FLOPS], one.measured.get(PASSES, 1.0), max(one.seconds, SHORTEST)]
+        learned["points"] = [*known.get("points", []), point][-POINTS:]
+        learned["rate"], learned["overhead"] = speed(learned["points"])
     scores = {name: max(one.measured.get(SCORE + name, 0.0), 0.0) for name in sorted(spec.matrices)}
     if "scores" not in known and "rate" in learned and any(scores.values()):
         learned["scores"] = scores  # by name: a checkpoint does not keep the order of a spec's matrices

@@ -23,8 +23,13 @@ from fedloom.strategies.packing import spec_of
 from fedloom.strategies.sparsity import pruned_share
 
 RATIO, RANK, DROP = "ratio", "rank", "drop"  # metrics of an update: what its device did, and what the loss fell by
-NEED, FLOPS, BITS = "need", "flops", "bits"  # knobs of a task that its update repeats among its metrics
-REPEATED = (NEED, FLOPS, BITS)
+NEED, FLOPS, PASSES, BITS = (
+    "need",
+    "flops",
+    "passes",
+    "bits",
+)  # knobs that an update repeats as metrics
+REPEATED = (NEED, FLOPS, PASSES, BITS)
 MEASURE = "measure_modules"  # the knob that asks a device how much each module matters
 SCORE = "score/"  # before a module's name, in the metrics: how much it matters
 

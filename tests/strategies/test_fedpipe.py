@@ -15,7 +15,7 @@ from fedloom.server.checkpoint import Checkpoint, read_checkpoint, write_checkpo
 from fedloom.server.intake import check_update
 from fedloom.strategies.base import Scaling, State, Workload
 from fedloom.strategies.cost import fixed, flops, flops_marginal, marginal, memory
-from fedloom.strategies.fedpipe import FedPipe
+from fedloom.strategies.fedpipe import FedPipe, speed
 from fedloom.strategies.registry import build
 from fedloom.strategies.unequal import BITS, FLOPS, MEASURE, NEED, SCORE
 
@@ -278,3 +278,10 @@ def test_nonsense_is_refused():
         with pytest.raises(ValueError, match=message):
             build("fedpipe", options, Scaling())
     assert build("fedpipe", {"ranks": [1, 3], "bits": [16]}, Scaling()).ranks == (1, 3)
+
+
+def test_a_devices_speed_is_a_rate_and_what_every_pass_takes_beside_it():
+    points = [(work, passes, work / 4e9 + 0.02 * passes) for work, passes in ((1e9, 8), (3e9, 8), (2e9, 32))]
+    assert speed(points) == pytest.approx((4e9, 0.02))
+    assert speed(points[:1]) == pytest.approx((1e9 / points[0][2], 0.0))  # one task tells no overhead
+    assert speed([(1e9, 8, 1.0), (2e9, 16, 2.0)]) == pytest.approx((1e9, 0.0))  # nor do tasks that are alike

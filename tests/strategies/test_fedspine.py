@@ -90,8 +90,9 @@ def test_every_arm_is_within_memory_rank_and_schedule_and_the_end_is_the_target(
             assert strategy.need(SPEC, ratio, task.rank) < bounds.get(task.device, np.inf)
             if round >= 3:
                 assert ratio == 0.3
-            elif ratio > cubic(round, 3, 0.3):  # sooner than scheduled only where nothing fits otherwise
-                need = strategy.need(SPEC, max(cubic(round, 3, 0.3), before[task.device]), 1)
+            elif ratio > cubic(round, 3, 0.3):  # sooner only where a middling rank does not fit
+                middling = min(strategy.fixed_rank, rank)
+                need = strategy.need(SPEC, max(cubic(round, 3, 0.3), before[task.device]), middling)
                 assert need > lent or need >= bounds.get(task.device, np.inf)
         crashed = {task.device for task in tasks if rng.random() < oom}
         updates = answered(tasks, rng, crash=lambda task, crashed=crashed: task.device in crashed)
