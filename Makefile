@@ -48,7 +48,7 @@ test-slow: $(VENV)/installed  ## What takes minutes: Flower's own engine, real d
 	$(BIN)/pytest -q -m slow
 	FEDLOOM_EXPLORE=1 $(BIN)/pytest -q -n 2 tests/strategies tests/protocols tests/simulations/test_partition.py
 
-test-deploy: $(VENV)/installed  ## SuperLink, SuperNodes and agents for real: TLS, keys, kills in every phase (half an hour)
+test-deploy: $(VENV)/installed  ## SuperLink, SuperNodes and agents for real: TLS, keys, kills, cut links, full disks (an hour or two)
 	$(BIN)/pytest -q -s -m deploy
 
 fuzz: $(VENV)/installed  ## A million inputs for every decoder and service (about an hour)

@@ -126,7 +126,7 @@ class Door:
             device.inside -= 1
         device.heard(path, meter.status, meter.sent)
         if meter.status == 401 and (wrong := clock_problem(dict(scope["headers"]), time.time())):
-            self._visits("refused", device=who.device, address=who.address, why=wrong)
+            self._visits("refused", device=who.device, address=who.address, why=wrong, alike="clock")
         if path in (ENTER, LEAVE) and 0 < meter.status < 400:
             self._visits("connected" if path == ENTER else "left", device=who.device, address=who.address)
 

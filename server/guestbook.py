@@ -98,8 +98,9 @@ class VisitLog:
         self._path = folder / VISITS_FILE
         self._told: OrderedDict[tuple[str, ...], float] = OrderedDict()
 
-    def __call__(self, event: str, *, device: str = "", address: str = "", why: str = "") -> None:
-        now, visit = time.monotonic(), (event, device, address, why)
+    def __call__(self, event: str, *, device: str = "", address: str = "", why: str = "", alike: str = "") -> None:
+        """`alike`: what `why` is about, where it holds numbers that differ each time."""
+        now, visit = time.monotonic(), (event, device, address, alike or why)
         if event in ("refused", "waits", "sent back") and now - self._told.get(visit, -QUIET) < QUIET:
             return
         self._told[visit] = now
