@@ -104,7 +104,8 @@ def _mutate_repeated(values: Any, field: FieldDescriptor, rng: random.Random) ->
         values[place] = _scalar(field, values[place], rng)
     elif message and values and rng.random() < 0.8:  # another one like it
         values.append(copy.deepcopy(rng.choice(values)))
-        values[-1].name = rng.choice((*_TEXTS, *"abcdefg"))
+        if "name" in values[-1].DESCRIPTOR.fields_by_name:
+            values[-1].name = rng.choice((*_TEXTS, *"abcdefg"))
     elif message:
         values.add()
     else:
