@@ -9,10 +9,10 @@ from dataclasses import replace
 from fedloom.client.lora import Adapters, check_rank
 from fedloom.client.model import Resident
 from fedloom.client.pruning.narrowing import apply_keep
-from fedloom.client.pruning.rounds import KNOB, asked_ratio
+from fedloom.client.pruning.rounds import asked_ratio
 from fedloom.protocols.messages import Kind, ModelSpec, Payload, Start, Task, Update
 from fedloom.strategies.cost import BITS as KNOWN_BITS
-from fedloom.strategies.unequal import BITS, RANK, RATIO, REPEATED
+from fedloom.strategies.unequal import BITS, PRUNE_RATIO, RANK, RATIO, REPEATED
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def check_adjusted(task: Task, spec: ModelSpec) -> None:
     if task.subspace is not None and (keep or task.ranks or bits != KNOWN_BITS[0]):
         raise ValueError("a task in a subspace must be on the whole model in 16 bits, got one that makes it smaller")
     if ratio and not keep:
-        raise ValueError(f"a task with the knob {KNOB} must carry the units that may be kept, got none")
+        raise ValueError(f"a task with the knob {PRUNE_RATIO} must carry the units that may be kept, got none")
     if not keep:
         return
     if bits != KNOWN_BITS[0] or task.ranks:

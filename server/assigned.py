@@ -16,15 +16,14 @@ from typing import Any
 
 from fedloom.protocols.config import Train
 from fedloom.protocols.messages import Task, Update
-from fedloom.strategies.fedspine import TARGET_RATIO
-from fedloom.strategies.unequal import BITS
+from fedloom.strategies.unequal import BITS, PRUNE_RATIO
 
 DEFAULT_BATCH: int = Train.model_fields["batch_size"].default  # tasks leave out what is the default
 
 
 def assigned(tasks: Iterable[Task], seen: Sequence[Update]) -> dict[str, dict[str, Any]]:
     """One line per device of `seen` whose task was made for it alone; empty for strategies that make none."""
-    asked = {task.device: task for task in tasks if task.ranks or TARGET_RATIO in task.knobs}
+    asked = {task.device: task for task in tasks if task.ranks or PRUNE_RATIO in task.knobs}
     return {update.device: _line(asked[update.device], update) for update in seen if update.device in asked}
 
 
@@ -34,8 +33,8 @@ def _line(task: Task, update: Update) -> dict[str, Any]:
     if task.ranks:
         given = [rank for rank in task.ranks.values() if rank]
         line |= {"modules": len(given), "ranks": sum(given)}
-    if TARGET_RATIO in knobs:
-        line["ratio"] = round(float(knobs[TARGET_RATIO]), 4)
+    if PRUNE_RATIO in knobs:
+        line["ratio"] = round(float(knobs[PRUNE_RATIO]), 4)
     if BITS in knobs:
         line["bits"] = knobs[BITS]
     line["seconds"] = round(cost.seconds, 3)

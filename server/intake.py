@@ -15,7 +15,7 @@ from fedloom.protocols.seeds import draw_indices
 from fedloom.strategies import intake as strategies_intake
 from fedloom.strategies.masked import check_within
 from fedloom.strategies.subspace import check_scalars
-from fedloom.strategies.unequal import MEASURE, RANK, RATIO, REPEATED
+from fedloom.strategies.unequal import MEASURE, PRUNE_RATIO, RANK, RATIO, REPEATED
 
 # Far above what devices that train send, and far enough below what sums and products of float32 can hold that no
 # update stops a run: |b a| stays below 2^40 r, times 2^31 examples below 2^80.
@@ -73,7 +73,7 @@ def _check_given_up(update: Update, task: Task) -> None:
         raise ValueError("an update that ran out of memory must carry no tensors, got some")
     if not task.ranks and not task.start.keep:
         raise ValueError("the task leaves nothing to make smaller, got an update that ran out of memory")
-    asked = {RATIO: float(task.knobs.get("prune_ratio", 0.0)), RANK: float(task.rank)}
+    asked = {RATIO: float(task.knobs.get(PRUNE_RATIO, 0.0)), RANK: float(task.rank)}
     for name, value in asked.items():
         if update.metrics.get(name) != value:
             raise ValueError(f"metric {name!r} must be its task's {value:g}, got {update.metrics.get(name)}")

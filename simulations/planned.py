@@ -15,23 +15,24 @@ from pathlib import Path
 from fedloom.client.cost import shapes_of
 from fedloom.client.device import Device
 from fedloom.client.model import Resident
+from fedloom.client.pruning.rounds import asked_ratio
 from fedloom.client.store import DeviceStore
-from fedloom.client.training import read_knobs
 from fedloom.protocols.config import RunConfig
 from fedloom.protocols.messages import Cost, DeviceReport, Task, Update
 from fedloom.protocols.shapes import Shapes
 from fedloom.server.app import build_strategy, workload
 from fedloom.server.complete import complete
 from fedloom.simulations.clock import Load
-from fedloom.simulations.clocked import BYTES
+from fedloom.simulations.clocked import BYTES, compute_seconds, step_of
 from fedloom.simulations.fleet import Fleet
 from fedloom.simulations.naming import run_name
 from fedloom.strategies.base import State, Strategy
-from fedloom.strategies.cost import Work, factor_bytes, memory, seconds
+from fedloom.strategies.cost import Work, factor_bytes, memory
 from fedloom.strategies.fedpipe import FedPipe
-from fedloom.strategies.fedspine import TARGET_RATIO, FedSpine
+from fedloom.strategies.fedspine import FedSpine
+from fedloom.strategies.patchlog import size
 from fedloom.strategies.sparsity import narrowed
-from fedloom.strategies.unequal import BITS, FLOPS
+from fedloom.strategies.unequal import BITS, FLOPS, PRUNE_RATIO
 from fedloom.strategies.why import why
 
 Tell = Callable[[str], None]
@@ -117,18 +118,16 @@ class _Forecast:
         self._shapes, self._run = shapes_of(resident), run_name(config)
 
     def one(self, state: State, report: DeviceReport, task: Task, index: int, delta: int) -> Planned:
-        kind, knobs = self._fleet.profile(index), read_knobs(self._complete(task))
-        shapes, ratio = self._narrowed(task), task.knobs.get(TARGET_RATIO)
+        kind, whole = self._fleet.profile(index), self._complete(task)
+        shapes, ratio = self._narrowed(task), task.knobs.get(PRUNE_RATIO)
         known = task.subspace is None  # costs are known of adapters alone
         sides = {name: min(linear.d_out, linear.d_in) for name, linear in shapes.linears.items()}
         ranks = {name: min(rank, sides[name]) for name, rank in self._ranks(task).items()}
-        step = workload(self._config).step(
-            ranks, causal=not shapes.head, batch=knobs.batch_size, bits=int(task.knobs.get(BITS, 16))
-        )
+        step = step_of(whole, ranks, shapes, self._config)
         need, down, up = self._need(task, shapes, step), self._start_bytes(task) + delta, self._up_bytes(shapes, task)
         taken = None
         if known and kind is not None:
-            computing = seconds(shapes, step, kind.speed, steps=knobs.steps * knobs.accumulate)
+            computing = compute_seconds(shapes, step, whole, kind)
             taken = Load(down_bytes=down, compute_seconds=computing, up_bytes=up).seconds(kind)
         reason = why(self._strategy, state, report, task)
         if known and report.memory and need > report.memory:
@@ -141,7 +140,7 @@ class _Forecast:
             rank=task.rank,
             ranks=dict(task.ranks),
             ratio=None if ratio is None else float(ratio),
-            batch=knobs.batch_size,
+            batch=step.batch,
             bits=step.bits,
             memory=need if known else None,
             seconds=taken,
@@ -186,11 +185,9 @@ class _Forecast:
         kind = self._fleet.profile(index)
         taken = first.cost.seconds * asked[FLOPS] / first.metrics[FLOPS]
         if kind is not None:
-            knobs = read_knobs(self._complete(task))
-            step = workload(self._config).step(
-                task.ranks, causal=not self._shapes.head, batch=knobs.batch_size, bits=int(asked[BITS])
-            )
-            taken = seconds(self._shapes, step, kind.speed, steps=knobs.steps * knobs.accumulate)
+            whole = self._complete(task)
+            step = step_of(whole, task.ranks, self._shapes, self._config)
+            taken = compute_seconds(self._shapes, step, whole, kind)
         return replace(first, device=task.device, metrics={**first.metrics, **asked}, cost=Cost(seconds=taken))
 
     def _complete(self, task: Task) -> Task:
@@ -200,19 +197,16 @@ class _Forecast:
         return dict(task.ranks) or dict.fromkeys(self._resident.spec.matrices, task.rank)
 
     def _narrowed(self, task: Task) -> Shapes:
-        ratio = float(task.knobs.get(TARGET_RATIO, 0.0))
-        return narrowed(self._shapes, ratio) if isinstance(self._strategy, FedSpine) else self._shapes
+        return narrowed(self._shapes, asked_ratio(task)) if isinstance(self._strategy, FedSpine) else self._shapes
 
     def _need(self, task: Task, shapes: Shapes, step: Work) -> int:
         """What the strategy itself counts on where it plans by memory, else a step's prediction."""
         if isinstance(self._strategy, FedSpine):
-            return self._strategy.need(self._resident.spec, float(task.knobs[TARGET_RATIO]), task.rank)
+            return self._strategy.need(self._resident.spec, asked_ratio(task), task.rank)
         return memory(shapes, step).total
 
     def _start_bytes(self, task: Task) -> int:
-        given = task.start
-        numbers = sum(term.b.size + term.a.size for term in given.factors.values())
-        return BYTES[self._config.wire.down] * (numbers + sum(value.size for value in given.dense.values()))
+        return BYTES[self._config.wire.down] * size(task.start)
 
     def _up_bytes(self, shapes: Shapes, task: Task) -> int:
         if not task.send or task.subspace is not None:

@@ -21,7 +21,6 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,10 +44,10 @@ from fedloom.strategies.unequal import (
     PASSES,
     SCORE,
     Seen,
+    merge,
     most_rank,
-    noted,
-    shapes_of,
     told_shapes,
+    underlying,
 )
 
 log = logging.getLogger(__name__)
@@ -181,10 +180,8 @@ class FedPipe(MergeOptions):
 
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
         """Merge as the default strategy does, each module over the devices that have it, and learn of the devices."""
-        spec, seen = spec_of(state), list[Seen]()
-        sound = noted(updates, spec, seen)
-        first = next(sound, None)
-        merged = self._merge().aggregate(state, chain([first] if first else [], sound)) if first or not seen else state
+        spec = spec_of(state)
+        merged, seen = merge(self._merge(), state, updates)
         pipes: dict[str, Any] = dict(state.meta["pipes"])
         for one in seen:
             pipes[one.device] = _learned(pipes.get(one.device, {}), one, spec)
@@ -199,16 +196,7 @@ class FedPipe(MergeOptions):
         return self._merge().adapter(state)
 
     def _merge(self) -> Fedloom:
-        return Fedloom(
-            scaling=self.scaling,
-            clip_norm=self.clip_norm,
-            server_optimizer=self.server_optimizer,
-            server_lr=self.server_lr,
-            server_momentum=self.server_momentum,
-            rank_cap=self.rank_cap,
-            error_feedback=self.error_feedback,
-            partial=True,
-        )
+        return underlying(self, self.rank_cap, error_feedback=self.error_feedback, partial=True)
 
     def _accumulate(self, batch: int) -> int:
         """Passes of a smaller batch that make the recipe's step."""
@@ -320,7 +308,7 @@ class FedPipe(MergeOptions):
         """How long a device may take: `pace` of a warm-up at the fleet's median speed, or at its own where slower."""
         if not self.pace:
             return None
-        shapes, batch = shapes_of(state), self.work.batch
+        shapes, batch = told_shapes(spec_of(state)), self.work.batch
         work = self._allocation(shapes, dict.fromkeys(spec_of(state).matrices, self.warmup_rank), batch, 16).flops
 
         def took(pipe: Mapping[str, Any]) -> float:

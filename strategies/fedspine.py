@@ -21,7 +21,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -37,20 +36,19 @@ from fedloom.strategies.packing import prefixed, spec_of, under
 from fedloom.strategies.server_optimizer import MergeOptions, refuse_elementwise
 from fedloom.strategies.sparsity import cubic, most_ratio, narrowed, removed
 from fedloom.strategies.unequal import (
+    PRUNE_RATIO,
     Seen,
     Standing,
+    merge,
     most_rank,
-    noted,
-    shapes_of,
     standing_of,
     standing_table,
     standing_tensors,
     told_shapes,
+    underlying,
 )
 
 log = logging.getLogger(__name__)
-
-TARGET_RATIO = "prune_ratio"  # the knob that tells a device how far to prune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,7 @@ class FedSpine(MergeOptions):
                     start_from=Start.PATCH,
                     patch=held[report.version],
                     start=Payload(keep=standing.allowed(spec)),
-                    knobs={TARGET_RATIO: arm.ratio},
+                    knobs={PRUNE_RATIO: arm.ratio},
                 )
             )
         return tasks
@@ -140,13 +138,13 @@ class FedSpine(MergeOptions):
         """Base and patch on every device, pruned as it stands, and at least as far as all must be by now."""
         spec = spec_of(state)
         tasks = planning.patch_evaluation(state, devices, round, self.scaling)
-        floor = min(self._floor(round), most_ratio(shapes_of(state)))
+        floor = min(self._floor(round), most_ratio(told_shapes(spec)))
         standings = [self._standing(state, task.device) for task in tasks]
         return [
             replace(
                 task,
                 start=Payload(keep=standing.allowed(spec)),
-                knobs={TARGET_RATIO: max(standing.ratio, floor)},
+                knobs={PRUNE_RATIO: max(standing.ratio, floor)},
             )
             for task, standing in zip(tasks, standings, strict=True)
         ]
@@ -157,11 +155,9 @@ class FedSpine(MergeOptions):
         A device that ran out of memory sends no tensors; its arm earns nothing, and none that needs as much is chosen
         for it again.
         """
-        spec, seen = spec_of(state), list[Seen]()
+        spec = spec_of(state)
         need = self._needs(spec)
-        sound = noted(updates, spec, seen)
-        first = next(sound, None)
-        merged = self._merge().aggregate(state, chain([first] if first else [], sound)) if first or not seen else state
+        merged, seen = merge(self._merge(), state, updates)
         standings, tensors = dict(state.meta["standings"]), dict(merged.tensors)
         tensors |= prefixed("standing", under("standing", state.tensors))
         for one, reward in zip(seen, self._rewards(seen), strict=True):
@@ -204,15 +200,7 @@ class FedSpine(MergeOptions):
         return need
 
     def _merge(self) -> Fedloom:
-        return Fedloom(
-            scaling=self.scaling,
-            clip_norm=self.clip_norm,
-            server_optimizer=self.server_optimizer,
-            server_lr=self.server_lr,
-            server_momentum=self.server_momentum,
-            rank_cap=self.rank_cap,
-            error_feedback=self.error_feedback,
-        )
+        return underlying(self, self.rank_cap, error_feedback=self.error_feedback)
 
     def _policy(self) -> Policy:
         box = Box(max_ratio=self.target, max_rank=self.max_rank)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,16 @@ from fedloom.protocols.messages import Array, DeviceReport, ModelSpec, Update
 from fedloom.protocols.shapes import Shapes
 from fedloom.strategies.bandit import ARRAYS, BanditState
 from fedloom.strategies.base import State
+from fedloom.strategies.fedloom import Fedloom
 from fedloom.strategies.masked import Bits, Keep
 from fedloom.strategies.packing import spec_of
+from fedloom.strategies.server_optimizer import MergeOptions
 from fedloom.strategies.sparsity import pruned_share
 
 RATIO, RANK, DROP = "ratio", "rank", "drop"  # metrics of an update: what its device did, and what the loss fell by
-NEED, FLOPS, PASSES, BITS = (
-    "need",
-    "flops",
-    "passes",
-    "bits",
-)  # knobs that an update repeats as metrics
+PRUNE_RATIO = "prune_ratio"  # the knob that tells a device what share of its units must be gone
+# Knobs that an update repeats among its metrics:
+NEED, FLOPS, PASSES, BITS = "need", "flops", "passes", "bits"
 REPEATED = (NEED, FLOPS, PASSES, BITS)
 MEASURE = "measure_modules"  # the knob that asks a device how much each module matters
 SCORE = "score/"  # before a module's name, in the metrics: how much it matters
@@ -84,6 +84,30 @@ def noted(updates: Iterable[Update], spec: ModelSpec, seen: list[Seen]) -> Itera
             yield update
 
 
+def underlying(options: MergeOptions, rank_cap: int, *, error_feedback: bool, partial: bool = False) -> Fedloom:
+    """The default strategy, which merges what unequal devices answer; `partial` takes updates of some modules only."""
+    return Fedloom(
+        scaling=options.scaling,
+        clip_norm=options.clip_norm,
+        server_optimizer=options.server_optimizer,
+        server_lr=options.server_lr,
+        server_momentum=options.server_momentum,
+        rank_cap=rank_cap,
+        error_feedback=error_feedback,
+        partial=partial,
+    )
+
+
+def merge(strategy: Fedloom, state: State, updates: Iterable[Update]) -> tuple[State, list[Seen]]:
+    """The state with what carries tensors merged (as it was, where all ran out of memory), and a line per update."""
+    seen: list[Seen] = []
+    sound = noted(updates, spec_of(state), seen)
+    first = next(sound, None)
+    if first is None and seen:
+        return state, seen
+    return strategy.aggregate(state, chain([first] if first else [], sound)), seen
+
+
 def told_shapes(spec: ModelSpec) -> Shapes:
     """The model's shapes, in which every adapted matrix is found.
 
@@ -103,14 +127,6 @@ def told_shapes(spec: ModelSpec) -> Shapes:
 def most_rank(report: DeviceReport, spec: ModelSpec) -> int:
     """The largest rank that a device can train and that every adapted matrix has."""
     return min(report.rank, *(min(matrix.d_out, matrix.d_in) for matrix in spec.matrices.values()))
-
-
-def shapes_of(state: State) -> Shapes:
-    """The model's shapes, which strategies that plan by memory ask for at `init`."""
-    shapes = spec_of(state).shapes
-    if shapes is None:
-        raise ValueError("this strategy must be told the model's shapes, the devices gave none")
-    return shapes
 
 
 def standing_of(state: State, device: str) -> Standing | None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from fedloom.protocols.messages import DeviceReport, Task
 from fedloom.strategies.base import State, Strategy
 from fedloom.strategies.fedpipe import Allocation, FedPipe
-from fedloom.strategies.fedspine import TARGET_RATIO, FedSpine
+from fedloom.strategies.fedspine import FedSpine
 from fedloom.strategies.packing import spec_of
 from fedloom.strategies.sparsity import cubic
-from fedloom.strategies.unequal import MEASURE, most_rank
+from fedloom.strategies.unequal import MEASURE, PRUNE_RATIO, most_rank
 
 
 def why(strategy: Strategy, state: State, report: DeviceReport, task: Task) -> str:
@@ -38,7 +38,7 @@ def _spine(strategy: FedSpine, state: State, report: DeviceReport, task: Task) -
     spec, lent = spec_of(state), report.memory or math.inf
     slow, fast = schedule(strategy, task.round) or (0.0, 1.0)
     most = min(most_rank(report, spec), strategy.max_rank)
-    if float(task.knobs[TARGET_RATIO]) > fast + 1e-9:
+    if float(task.knobs[PRUNE_RATIO]) > fast + 1e-9:
         return "bound by memory: pruned ahead of schedule"
     if strategy.need(spec, slow, most) > lent:
         return "bound by memory: " + ("less rank" if strategy.need(spec, slow, 1) <= lent else "a higher ratio")

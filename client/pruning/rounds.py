@@ -28,8 +28,8 @@ from fedloom.protocols.messages import Array, Kind, Payload, Task
 from fedloom.protocols.validate import check_keep
 from fedloom.strategies.masked import Bits, Keep, slice_payload
 from fedloom.strategies.sparsity import pruned_share
+from fedloom.strategies.unequal import PRUNE_RATIO
 
-KNOB = "prune_ratio"
 CALIBRATION, BATCH = 32, 4  # texts that a start without training looks at, and how many at a time at most
 PROBE = 16  # texts that tell what a round took off the loss, as many at a time
 _SCORES, _BIASES = "importance/", "bias/"
@@ -62,9 +62,9 @@ def asked_ratio(task: Task) -> float:
     Raises:
         ValueError: for a knob that is no number in [0, 1).
     """
-    ratio = task.knobs.get(KNOB, 0.0)
+    ratio = task.knobs.get(PRUNE_RATIO, 0.0)
     if not isinstance(ratio, float | int) or not 0 <= ratio < 1:
-        raise ValueError(f"the knob {KNOB} must be in [0, 1), got {ratio!r}")
+        raise ValueError(f"the knob {PRUNE_RATIO} must be in [0, 1), got {ratio!r}")
     return float(ratio)
 
 

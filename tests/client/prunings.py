@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import (
     AutoTokenizer,
@@ -33,6 +34,8 @@ DECODERS = ("llama", "qwen2", "qwen3", "gpt2")
 ENCODERS = ("bert", "roberta")
 KINDS = (*DECODERS, *ENCODERS)
 LABELS = ("lamp", "oven", "alarm")
+
+Residents = dict[str, Resident]
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -126,3 +129,10 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits where there is text."""
     found: torch.Tensor = model(**batch).logits
     return found if found.ndim == 2 else found[batch["attention_mask"].bool()]
+
+
+def make_residents(factory: pytest.TempPathFactory, llama: Path, classifier: Path) -> Residents:
+    """One of every kind, each in a folder of its own, with the tokenizer of one of these models."""
+    return {
+        kind: make_resident(kind, factory.mktemp(kind), classifier if kind in ENCODERS else llama) for kind in KINDS
+    }

@@ -11,7 +11,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunings import DECODERS, ENCODERS, KINDS, inputs, logits, make_resident, random_factors, random_keep, set_adapters
+from prunings import (
+    DECODERS,
+    KINDS,
+    Residents,
+    inputs,
+    logits,
+    make_resident,
+    make_residents,
+    random_factors,
+    random_keep,
+    set_adapters,
+)
 
 from fedloom.client.data import Dataset, Example
 from fedloom.client.lora import ADAPTER
@@ -22,15 +33,10 @@ from fedloom.protocols import config
 from fedloom.protocols.messages import Payload, Start, Task
 from fedloom.strategies.masked import Keep, pruned, slice_payload, slice_term
 
-Residents = dict[str, Resident]
-
 
 @pytest.fixture(scope="module")
 def residents(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_classifier: Path) -> Residents:
-    return {
-        kind: make_resident(kind, tmp_path_factory.mktemp(kind), tiny_classifier if kind in ENCODERS else tiny_llama)
-        for kind in KINDS
-    }
+    return make_residents(tmp_path_factory, tiny_llama, tiny_classifier)
 
 
 @pytest.fixture(autouse=True)

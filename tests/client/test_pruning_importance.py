@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunings import ENCODERS, KINDS, inputs, logits, make_resident, random_keep, set_adapters
+from prunings import KINDS, Residents, inputs, logits, make_residents, random_keep, set_adapters
 
 from fedloom.client import training
 from fedloom.client.data import Dataset, Example
@@ -28,15 +28,10 @@ from fedloom.protocols.messages import Axis, Start, Task
 from fedloom.strategies.masked import Keep, pruned
 from fedloom.strategies.sparsity import cubic, spared_layers
 
-Residents = dict[str, Resident]
-
 
 @pytest.fixture(scope="module")
 def residents(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_classifier: Path) -> Residents:
-    return {
-        kind: make_resident(kind, tmp_path_factory.mktemp(kind), tiny_classifier if kind in ENCODERS else tiny_llama)
-        for kind in KINDS
-    }
+    return make_residents(tmp_path_factory, tiny_llama, tiny_classifier)
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,10 @@ from fedloom.server.checkpoint import Checkpoint, read_checkpoint, write_checkpo
 from fedloom.strategies.bandit_reward import Reward
 from fedloom.strategies.base import Scaling, State, Workload
 from fedloom.strategies.cost import memory
-from fedloom.strategies.fedspine import TARGET_RATIO, FedSpine
+from fedloom.strategies.fedspine import FedSpine
 from fedloom.strategies.registry import build
 from fedloom.strategies.sparsity import cubic, narrowed
-from fedloom.strategies.unequal import DROP, standing_of
+from fedloom.strategies.unequal import DROP, PRUNE_RATIO, standing_of
 
 SPEC = transformer(layers=2)
 WORK = Workload(batch=4, length=16, steps=2)
@@ -79,7 +79,7 @@ def test_every_arm_is_within_memory_rank_and_schedule_and_the_end_is_the_target(
             return  # all ran out at everything
         for task in tasks:
             lent, rank = memories[int(task.device[1])], RANKS[int(task.device[1])]
-            ratio = task.knobs[TARGET_RATIO]
+            ratio = task.knobs[PRUNE_RATIO]
             small = narrowed(SPEC.shapes, ratio)
             assert 1 <= task.rank <= rank
             assert strategy.need(SPEC, ratio, task.rank) <= lent
@@ -98,7 +98,7 @@ def test_every_arm_is_within_memory_rank_and_schedule_and_the_end_is_the_target(
         updates = answered(tasks, rng, crash=lambda task, crashed=crashed: task.device in crashed)
         after = strategy.aggregate(state, updates)
         for task in tasks:
-            need = strategy.need(SPEC, task.knobs[TARGET_RATIO], task.rank)
+            need = strategy.need(SPEC, task.knobs[PRUNE_RATIO], task.rank)
             if task.device in crashed:
                 bounds[task.device] = need
             else:
@@ -123,7 +123,7 @@ def test_an_impossible_floor_names_the_device_and_its_smallest_need():
     state = strategy.init(SPEC, 0)
     least = strategy.need(SPEC, 0.3, 1)
     plan = strategy.plan(state, fleet([0, least, 0, 0], state), 1)
-    assert (plan[1].knobs[TARGET_RATIO], plan[1].rank) == (pytest.approx(0.3, abs=0.02), 1)
+    assert (plan[1].knobs[PRUNE_RATIO], plan[1].rank) == (pytest.approx(0.3, abs=0.02), 1)
     message = rf"no arm fits device d1: the smallest need, ratio 0\.3 with rank 1, is {least} bytes, .* {least - 1}"
     with pytest.raises(ValueError, match=message):
         strategy.plan(state, fleet([0, least - 1, 0, 0], state), 1)
@@ -149,7 +149,7 @@ def test_running_out_of_memory_leaves_the_model_alone_and_is_learned():
     assert mixed.version == alone.version == 4
     close(dense_of(strategy.adapter(mixed), SPEC), dense_of(strategy.adapter(alone), SPEC), 0.0)
     one, before = standing_of(mixed, "d1"), standing_of(state, "d1")
-    assert one.bandit.memory_bound == strategy.need(SPEC, tasks[1].knobs[TARGET_RATIO], tasks[1].rank)
+    assert one.bandit.memory_bound == strategy.need(SPEC, tasks[1].knobs[PRUNE_RATIO], tasks[1].rank)
     assert (one.bandit.rewards[-1], one.ratio) == (0.0, before.ratio)
     for group, bits in before.allowed(SPEC).items():
         np.testing.assert_array_equal(one.allowed(SPEC)[group], bits)
@@ -161,7 +161,7 @@ def test_a_round_in_which_all_ran_out_goes_on_with_the_same_version():
     state, asked = states[-1], []
     for round in (3, 4):
         tasks = strategy.plan(state, fleet([0] * 4, state), round)
-        asked.append({t.device: strategy.need(SPEC, t.knobs[TARGET_RATIO], t.rank) for t in tasks})
+        asked.append({t.device: strategy.need(SPEC, t.knobs[PRUNE_RATIO], t.rank) for t in tasks})
         after = strategy.aggregate(state, [ran_out(task) for task in tasks])
         assert after.version == state.version == 2
         close(dense_of(strategy.adapter(after), SPEC), dense_of(strategy.adapter(state), SPEC), 0.0)
@@ -262,9 +262,9 @@ def test_evaluation_is_of_each_device_as_it_stands():
         standing = standing_of(states[-1], task.device)
         for group, bits in standing.keep.items():
             np.testing.assert_array_equal(task.start.keep[group], bits)
-        assert task.knobs[TARGET_RATIO] == 0.3 >= standing.ratio
+        assert task.knobs[PRUNE_RATIO] == 0.3 >= standing.ratio
     assert all(bits.all() for bits in tasks[4].start.keep.values())
-    assert strategy.plan_evaluation(strategy.init(SPEC, 0), [newcomer], 0)[0].knobs[TARGET_RATIO] == 0.0
+    assert strategy.plan_evaluation(strategy.init(SPEC, 0), [newcomer], 0)[0].knobs[PRUNE_RATIO] == 0.0
 
 
 def test_names_with_slashes_are_told_apart():
