@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedloom.client.adjusting import repeated
 from fedloom.client.cost import shapes_of
 from fedloom.client.device import Device
 from fedloom.client.model import Resident
@@ -32,7 +33,7 @@ from fedloom.strategies.fedpipe import FedPipe
 from fedloom.strategies.fedspine import FedSpine
 from fedloom.strategies.patchlog import size
 from fedloom.strategies.sparsity import narrowed
-from fedloom.strategies.unequal import BITS, FLOPS, PRUNE_RATIO
+from fedloom.strategies.unequal import FLOPS, PRUNE_RATIO
 from fedloom.strategies.why import why
 
 Tell = Callable[[str], None]
@@ -181,7 +182,7 @@ class _Forecast:
 
     def _as_if(self, first: Update, task: Task, index: int) -> Update:
         """The first device's answer as another's, in the other's time."""
-        asked = {name: float(task.knobs[name]) for name in (FLOPS, BITS)}
+        asked = repeated(task)
         kind = self._fleet.profile(index)
         taken = first.cost.seconds * asked[FLOPS] / first.metrics[FLOPS]
         if kind is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ import pytest
 
 from fedloom.client.model import Resident, load_model
 from fedloom.protocols.config import RunConfig, build_config, read_recipe
+from fedloom.protocols.messages import Update
 from fedloom.server.app import build_strategy, workload
 from fedloom.simulations.cookbook import RECIPES
 from fedloom.simulations.planned import plan_fleet, whole_step
 from fedloom.simulations.world import base_model
+from fedloom.strategies.base import State
 from fedloom.strategies.cost import memory
+from fedloom.strategies.fedpipe import FedPipe
 from fedloom.strategies.fedspine import FedSpine
 from fedloom.strategies.sparsity import cubic
+from fedloom.strategies.unequal import NEED, PASSES
 
 GUIDE = Path(__file__).parents[2] / "docs" / "unequal-devices.md"
 Fedloom = Callable[..., tuple[int, str, str]]
@@ -95,6 +99,26 @@ def test_fedpipe_warms_up_alike_and_then_splits_by_budget(pipe: tuple[RunConfig,
         assert shapes is not None
         step = workload(config).step(device.ranks, causal=True, batch=device.batch, bits=device.bits)
         assert device.memory == memory(shapes, step).total <= device.lends
+
+
+def test_the_answer_that_stands_for_a_device_repeats_its_own_task(
+    pipe: tuple[RunConfig, Resident], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, resident = pipe
+    heard: list[Update] = []
+    merge = FedPipe.aggregate
+
+    def listen(self: FedPipe, state: State, updates: Iterable[Update]) -> State:
+        heard.extend(updates)
+        return merge(self, state, heard)
+
+    monkeypatch.setattr(FedPipe, "aggregate", listen)
+    first = plan_fleet(config, resident)
+    plan_fleet(config, resident, measure=True)
+    whole, steps = config.train.batch_size, config.train.steps
+    assert len({device.batch for device in first}) > 1
+    assert [update.metrics[PASSES] for update in heard] == [steps * (whole // device.batch) for device in first]
+    assert [update.metrics[NEED] for update in heard] == [device.memory for device in first]
 
 
 def test_a_recipe_that_describes_nothing_is_planned_too(pipe: tuple[RunConfig, Resident]) -> None:
