@@ -10,7 +10,7 @@ from fedloom.client.lora import Adapters, check_rank
 from fedloom.client.model import Resident
 from fedloom.client.pruning.narrowing import apply_keep
 from fedloom.client.pruning.rounds import asked_ratio
-from fedloom.protocols.messages import Kind, ModelSpec, Payload, Start, Task, Update
+from fedloom.protocols.messages import Cost, Kind, ModelSpec, Payload, Start, Task, Update
 from fedloom.strategies.cost import BITS as KNOWN_BITS
 from fedloom.strategies.unequal import BITS, PRUNE_RATIO, RANK, RATIO, REPEATED
 
@@ -64,6 +64,20 @@ def keeps_own(task: Task) -> bool:
 def given_up(task: Task) -> Mapping[str, float]:
     """What a device says of a task that ran out of memory: the arm that it was told to pull."""
     return {RATIO: asked_ratio(task), RANK: float(task.rank), **repeated(task)}
+
+
+def too_much(task: Task, examples: int) -> Update:
+    """The answer to a task that ran out of memory, its cost not yet known; `examples` are those to train on."""
+    return Update(
+        device=task.device,
+        round=task.round,
+        examples=examples,
+        kind=task.kind,
+        run=task.run,
+        nonce=task.nonce,
+        metrics=given_up(task),
+        cost=Cost(out_of_memory=True),
+    )
 
 
 def surrendered(update: Update, task: Task) -> Update:

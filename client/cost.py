@@ -10,16 +10,15 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.client.bits import quantised
@@ -231,21 +230,3 @@ def fit_speed(points: Sequence[tuple[float, float]]) -> Speed:
     if inverse <= 0:
         raise ValueError(f"times must grow with the work, got {list(points)}")
     return Speed(rate=1 / inverse, overhead=max(0.0, float(overhead / scale[1])))
-
-
-@contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
-    """Keep only the inputs of the model's blocks in the forward pass and run each again in the backward pass.
-
-    Chen et al. 2016, "Training deep nets with sublinear memory cost". A third more operations; gradients are the same
-    numbers.
-    """
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks: list[nn.Module] = max(lists, key=len, default=[])
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]

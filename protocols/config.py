@@ -146,7 +146,7 @@ class Server(Section):
     cohort: int = Field(default=0, ge=0)
     """Devices drawn for each round; 0 takes all."""
     min_updates: int = Field(default=1, ge=1)
-    """A round with fewer good updates than this is an error: it keeps the state and stops the run."""
+    """A round with fewer good updates, or reports of too little memory, is an error: it keeps the state and stops."""
     mode: Literal["sync", "buffered"] = "sync"
     """`sync`: a round waits for its cohort; `buffered`: a round is the first `buffer` updates, others go on."""
     buffer: int = Field(default=10, ge=1)

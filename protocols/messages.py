@@ -186,6 +186,7 @@ class Patch:
     """The global model at `version`, relative to what a device holds at `since` (0: the public base itself).
 
     A device whose version is not `since` must restore its base when `since` is 0, and refuse otherwise.
+    A payload with a `keep` is what a device needs that may keep no more than these units, as its task's start says.
     Factors are ordered newest delta first, so their leading rows of A are the newest right singular vectors.
     """
 

@@ -9,7 +9,10 @@ from fedloom.protocols import validate
 from fedloom.protocols.shapes import FAMILIES, READS, Block, Linear, Shapes
 
 MAX_BLOCKS: Final = 4096
-LARGEST: Final = 2**40  # of a width, and of bytes: products of two are exact in float64's range, and ints stay small
+WIDEST: Final = 2**24  # of a width: some sixty times the largest vocabulary
+LARGEST: Final = 2**40  # of bytes, and of numbers in a head; with these, bytes of a step of 2^19 tokens fit 63 bits
+MOST: Final = 2**44  # numbers of all matrices together: ten times the largest model
+MOST_BYTES: Final = 16  # of a number
 
 
 def write_shapes(shapes: Shapes | None) -> pb.Shapes | None:
@@ -69,15 +72,15 @@ def check_shapes(where: str, shapes: Shapes) -> None:
     """Raise ValueError on the first of a model's shapes that breaks its bounds."""
     if shapes.family not in FAMILIES:
         raise ValueError(f"{where}.family must be one of {', '.join(FAMILIES)}, got {str(shapes.family)[:80]!r}")
-    for field in ("hidden", "columns", "item"):
-        validate.integer(f"{where}.{field}", getattr(shapes, field), LARGEST, least=1)
+    for field, largest in (("hidden", WIDEST), ("columns", WIDEST), ("item", MOST_BYTES)):
+        validate.integer(f"{where}.{field}", getattr(shapes, field), largest + 1, least=1)
     for field in ("other", "head"):
         validate.integer(f"{where}.{field}", getattr(shapes, field), LARGEST)
     if not 1 <= len(shapes.blocks) <= MAX_BLOCKS:
         raise ValueError(f"{where} must have 1..{MAX_BLOCKS} blocks, got {len(shapes.blocks)}")
     for block in shapes.blocks:
         for field in ("heads", "kv_heads", "head_dim", "ffn"):
-            validate.integer(f"{field} of a block of {where}", getattr(block, field), LARGEST, least=1)
+            validate.integer(f"{field} of a block of {where}", getattr(block, field), WIDEST + 1, least=1)
         if block.heads % block.kv_heads:
             raise ValueError(f"heads of a block must be a multiple of {block.kv_heads} kv_heads, got {block.heads}")
     validate.names(f"{where}.linears", shapes.linears, len(shapes.linears))
@@ -85,5 +88,22 @@ def check_shapes(where: str, shapes: Shapes) -> None:
         if linear.reads not in READS:
             raise ValueError(f"what {name!r} reads must be one of {', '.join(READS)}, got {str(linear.reads)[:80]!r}")
         for field in ("d_out", "d_in"):
-            validate.integer(f"{field} of {name!r}", getattr(linear, field), LARGEST, least=1)
+            validate.integer(f"{field} of {name!r}", getattr(linear, field), WIDEST + 1, least=1)
         validate.integer(f"block of {name!r}", linear.block, len(shapes.blocks))
+    _check_products(where, shapes)
+
+
+def _check_products(where: str, shapes: Shapes) -> None:
+    """Raise ValueError where good widths make a model that is out of this world."""
+    for block in shapes.blocks:
+        if (width := block.heads * block.head_dim) > WIDEST:
+            raise ValueError(f"heads x head_dim of a block of {where} must be <= {WIDEST}, got {width}")
+    inside = sum(2 * (one.heads + one.kv_heads) * one.head_dim + 3 * one.ffn for one in shapes.blocks)
+    sizes = {
+        "its blocks": shapes.hidden * inside,
+        "its linear layers": sum(linear.size for linear in shapes.linears.values()),
+        "its logits' layer": shapes.hidden * shapes.columns,
+    }
+    for what, size in sizes.items():
+        if size > MOST:
+            raise ValueError(f"{where} must have <= {MOST} numbers in {what}, got {size}")

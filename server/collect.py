@@ -95,10 +95,14 @@ class Reception:
         return answer
 
     def accept(self, task: Task, update: Update, *, size: int) -> None:
-        """A device that answered holds the version it was brought to, and the state it ended the round with."""
+        """A device that answered holds the version it was brought to, and the state it ended the round with.
+
+        One that ran out of memory ended it with no state: what it holds is of the last round that it trained in.
+        """
         roster, training = self._desk.roster, self._kind == Kind.TRAIN
         version = task.patch.version if task.patch else 0
-        roster.saw(task.device, version=version, trained_in=task.round if training else None)
+        trained = training and not update.cost.out_of_memory
+        roster.saw(task.device, version=version, trained_in=task.round if trained else None)
         if training:
             roster.did(task.device, good=True, round=task.round, patience=0, rest=0)
         self._tell(task, size=size, seconds=update.cost.seconds)
@@ -165,7 +169,8 @@ class Collection:
         """
         Args:
             journal: where good answers are kept until the round's checkpoint is written, and looked for first.
-            enough: good answers that end the phase; later ones are not waited for. 0 waits for all.
+            enough: good answers that end the phase, reports of too little memory not among them; later ones are not
+                waited for. 0 waits for all.
             again: this server has collected for this round before: what the journal has was counted then.
         """
         self._desk, self._tasks, self._kind, self._journal, self._enough = desk, tasks, kind, journal, enough
@@ -175,6 +180,7 @@ class Collection:
         self._by_node: dict[int, Task] = {}
         self._good: dict[str, Update | None] = {}  # None: it waits in the journal
         self._settled: set[str] = set()
+        self._trained = 0  # good answers of devices that did not run out of memory
         self.seen: list[Update] = []
 
     @property
@@ -209,7 +215,7 @@ class Collection:
                 self._reception.let_off(task)
 
     def _is_enough(self) -> bool:
-        return 0 < self._enough <= len(self._good)
+        return 0 < self._enough <= self._trained
 
     def _take(self, reply: Reply) -> None:
         """One answer; a good one is written down before it counts."""
@@ -239,6 +245,7 @@ class Collection:
 
     def _keep(self, task: Task, update: Update, *, size: int) -> None:
         self._good[task.device] = None if self._journal is not None else update
+        self._trained += not update.cost.out_of_memory
         self._reception.accept(task, update, size=size)
 
     def _fetch(self, task: Task) -> Update:
@@ -267,7 +274,10 @@ class Answers(Protocol):
 
 
 def at_least(updates: Iterable[Update], answers: Answers, least: int) -> Iterator[Update]:
-    """Pass updates on; raise TooFew at the end when they were fewer than `least`, so that the old state stands."""
+    """Pass updates on; raise TooFew at the end when they were fewer than `least`, so that the old state stands.
+
+    A report of too little memory counts: were its round tried again, the same tasks would fail in the same way.
+    """
     yield from updates
     if len(answers.seen) < least:
         first = f"; the first refusal: {answers.refusals[0]}" if answers.refusals else ""

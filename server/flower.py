@@ -136,8 +136,9 @@ class FlowerStrategy(FlowerBase):
         """Merge the good updates, in the order of the tasks.
 
         Returns:
-            the strategy's state, and the round's pooled `loss`, numbers of `updates` and `refused`, `device_seconds`,
-            and the run's bytes so far; (None, None), the state being what it was, when too few updates were good.
+            the strategy's state, and the round's pooled `loss` (none where all ran out of memory), numbers of `updates`
+            and `refused`, `device_seconds`, and the run's bytes so far; (None, None), the state being what it was, when
+            too few updates were good.
         """
         run, answers = self._receive(replies)
         refused = run.ledger.refused
@@ -146,8 +147,9 @@ class FlowerStrategy(FlowerBase):
         except ValueError as error:
             log.error("round %d changes nothing: %s", server_round, error)
             return None, None
+        pooled = pool([update.metrics for update in answers.seen])
         metrics = {
-            "loss": pool([update.metrics for update in answers.seen]).get("loss", 0.0),
+            **{name: value for name, value in pooled.items() if name == "loss"},
             "updates": len(answers.seen),
             "refused": run.ledger.refused - refused,
             "device_seconds": sum(update.cost.seconds for update in answers.seen),

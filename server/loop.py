@@ -286,7 +286,9 @@ class Coordinator:
 
 def _add_up(record: dict[str, Any], seen: Sequence[Update]) -> None:
     """What a round's training measured and cost, into its record."""
-    record["train_loss"] = pool([update.metrics for update in seen]).get("loss", 0.0)
+    pooled = pool([update.metrics for update in seen])
+    if "loss" in pooled:  # nobody measured one where all ran out of memory
+        record["train_loss"] = pooled["loss"]
     record["updates"] = len(seen)
     record["device_seconds"] = sum(update.cost.seconds for update in seen)
     record["slowest_seconds"] = max(update.cost.seconds for update in seen)

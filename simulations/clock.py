@@ -1,16 +1,38 @@
-"""A virtual clock for rounds of unequal devices: who is done when, and how long the others wait.
+"""The virtual clock of pretend devices: what a task takes each of them, and what rounds of them took. Nothing sleeps.
 
-A device of a round receives, computes and sends, one after another: T_i = 8 down_i / link + seconds_i + 8 up_i / link.
-The round is over with its last device, or with the first k of n (over-selection); T is that moment, and a device that
-is done waits T - T_i. FedSpine's figure of merit is the idle time sum_i (T - T_i). Nothing here sleeps.
+A device of a kind (devices.py) receives, computes and sends, one after another; a round is over with the last device
+whose answer it takes, and the others wait:
+
+    T_i = 8 down_i / link + operations_i / rate + overhead + 8 up_i / link        T = max_i T_i
+    idle = sum_i (T - T_i)                                       FedSpine's figure of merit
+
+`Clocked` makes T_i the seconds that an answer says it took, so that server, strategies and reports read a virtual time
+wherever they would read a real one. A round's record has T and idle (server/loop.py); rounds follow each other without
+a gap, and `elapsed` adds them up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from fedloom.simulations.devices import Profile
+from fedloom.client.adjusting import asked_bits
+from fedloom.client.cost import shapes_of
+from fedloom.client.device import Device
+from fedloom.client.model import Resident
+from fedloom.client.pruning.rounds import asked_ratio
+from fedloom.client.training import read_knobs
+from fedloom.protocols.config import RunConfig
+from fedloom.protocols.messages import Hello, Kind, Task, Update
+from fedloom.protocols.shapes import Shapes
+from fedloom.server.app import workload
+from fedloom.simulations.devices import Profile, drifted
+from fedloom.strategies.cost import Work, seconds
+from fedloom.strategies.patchlog import size
+from fedloom.strategies.sparsity import narrowed
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,71 +49,68 @@ class Load:
                 raise ValueError(f"{key} must be finite and >= 0, got {getattr(self, key)}")
 
     def seconds(self, device: Profile) -> float:
-        """How long the device takes, from the round's start to the last byte it sends."""
+        """How long the device takes, from the round's start to the last byte it sends: T_i."""
         down, up = device.transfer(self.down_bytes, self.up_bytes)
         return down + self.compute_seconds + up
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """One round on the clock; times in seconds.
-
-    finished: when each device is done, counted from `began`, whether the round waits for it or not.
-    waited_for: the devices whose answers make the round, quickest first (by name where they tie).
-    """
-
-    began: float
-    finished: Mapping[str, float]
-    waited_for: tuple[str, ...]
-
-    @property
-    def seconds(self) -> float:
-        """How long the round takes: T."""
-        return self.finished[self.waited_for[-1]]
-
-    @property
-    def ended(self) -> float:
-        return self.began + self.seconds
-
-    @property
-    def idle(self) -> Mapping[str, float]:
-        """T - T_i of each device that the round waited for."""
-        return {name: self.seconds - self.finished[name] for name in self.waited_for}
-
-    @property
-    def idle_seconds(self) -> float:
-        return sum(self.idle.values())
+def elapsed(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The seconds that the rounds of these records took, and those that devices waited in them, all together."""
+    rounds = [record for record in records if "slowest_seconds" in record]  # round 0 trains nobody
+    return {
+        "virtual_seconds": sum(record["slowest_seconds"] for record in rounds),
+        "idle_seconds": sum(record["idle_seconds"] for record in rounds),
+    }
 
 
-class Clock:
-    """Virtual seconds since a run began, and what its rounds added up to. Rounds follow each other without a gap."""
+def step_of(task: Task, ranks: Mapping[str, int], shapes: Shapes, config: RunConfig) -> Work:
+    """One forward and backward pass of a task, complete with its knobs, with these adapters."""
+    batch = read_knobs(task).batch_size
+    return workload(config).step(ranks, causal=not shapes.head, batch=batch, bits=asked_bits(task))
 
-    def __init__(self, now: float = 0.0) -> None:
-        """`now`: where a run goes on from."""
-        self.now, self.rounds, self.idle_seconds = now, 0, 0.0
 
-    def round(self, times: Mapping[str, float], *, first: int = 0) -> Round:
-        """Let one round pass.
+def compute_seconds(shapes: Shapes, step: Work, task: Task, kind: Profile) -> float:
+    """What all passes of a task take a kind of device."""
+    knobs = read_knobs(task)
+    return seconds(shapes, step, kind.speed, steps=knobs.steps * knobs.accumulate)
 
-        Args:
-            times: T_i of each device in seconds (Load.seconds).
-            first: end the round with so many answers, the quickest; 0 waits for all.
+
+class Clocked:
+    """A device whose answers say the seconds that one of its kind would take."""
+
+    def __init__(self, device: Device, kind: Profile, index: int, config: RunConfig, resident: Resident) -> None:
+        """`index` draws how its speed drifts.
 
         Raises:
-            ValueError: for a round of no devices, a time that is no finite number >= 0, or more answers than devices.
+            ValueError: for a model whose operations cannot be counted.
         """
-        if not times:
-            raise ValueError("a round must have at least one device, got none")
-        if not 0 <= first <= len(times):
-            raise ValueError(f"a round must wait for 1..{len(times)} devices, got {first}")
-        for name, seconds in times.items():
-            if not 0 <= seconds < float("inf"):
-                raise ValueError(f"the time of {name} must be finite and >= 0, got {seconds}")
-        order = sorted(times, key=lambda name: (times[name], name))
-        passed = Round(began=self.now, finished=dict(times), waited_for=tuple(order[: first or len(order)]))
-        self.now, self.rounds, self.idle_seconds = (
-            passed.ended,
-            self.rounds + 1,
-            self.idle_seconds + passed.idle_seconds,
-        )
-        return passed
+        self._device, self._kind, self._index, self._config, self._resident = device, kind, index, config, resident
+        self.name, self.limit = device.name, device.limit
+        shapes_of(resident)
+
+    def hello(self) -> Hello:
+        return self._device.hello()
+
+    def handle(self, task: Task) -> Update:
+        update = self._device.handle(task)
+        if task.kind is not Kind.TRAIN:
+            return update
+        return replace(update, cost=replace(update.cost, seconds=self._seconds(task, update)))
+
+    def _seconds(self, task: Task, update: Update) -> float:
+        """Receiving, computing and sending, one after another; the model is as narrow as the task left it.
+
+        One that ran out of memory is taken to have done so at the end: the server learns of it no sooner.
+        """
+        config = self._config
+        kind = drifted(self._kind, seed=config.seed, index=self._index, round=task.round, compute=config.fleet.drift)
+        shapes = shapes_of(self._resident)
+        if update.cost.out_of_memory:
+            shapes = narrowed(shapes, asked_ratio(task))  # the device went back to the whole model
+        ranks = {name: term.rank for name, term in update.payload.factors.items()}
+        if not ranks:  # nothing came back: it ran out of memory
+            ranks = dict(task.ranks) or dict.fromkeys(self._resident.spec.matrices, task.rank)
+        computing = compute_seconds(shapes, step_of(task, ranks, shapes, config), task, kind)
+        down = size(task.patch.payload) * BYTES[config.wire.down] if task.patch is not None else 0
+        up = size(update.payload) * BYTES[config.wire.up]
+        return Load(down_bytes=down, compute_seconds=computing, up_bytes=up).seconds(kind)

@@ -82,7 +82,6 @@ PROFILES: Final[Mapping[str, Profile]] = {
         Profile(name="server-a100", peak=312e12, memory=80 * GB, down=1000 * MBIT, up=1000 * MBIT, overhead=0.01),
     )
 }
-FEDSPINE: Final[Mapping[str, int]] = {"jetson-tx2": 30, "jetson-xavier-nx": 40, "jetson-agx-xavier": 10}
 
 
 def profile(name: str) -> Profile:
@@ -94,22 +93,6 @@ def profile(name: str) -> Profile:
     if name not in PROFILES:
         raise ValueError(f"unknown device profile {name!r}: {nearest(name, PROFILES)}")
     return PROFILES[name]
-
-
-def fleet(counts: Mapping[str, int], seed: int) -> tuple[Profile, ...]:
-    """So many devices of each profile, in an order drawn from the seed.
-
-    Raises:
-        ValueError: for an unknown profile, a negative count, or no device at all.
-    """
-    for name, count in counts.items():
-        if count < 0:
-            raise ValueError(f"a count of {name} must be >= 0, got {count}")
-    devices = [profile(name) for name, count in sorted(counts.items()) for _ in range(count)]
-    if not devices:
-        raise ValueError("a fleet must have at least one device, got none")
-    order = np.random.Generator(np.random.Philox(key=derive_seed(seed, "devices"))).permutation(len(devices))
-    return tuple(devices[index] for index in order)
 
 
 def drifted(device: Profile, *, seed: int, index: int, round: int, compute: float = 0.0, link: float = 0.0) -> Profile:

@@ -23,8 +23,7 @@ from fedloom.protocols.messages import Cost, DeviceReport, Task, Update
 from fedloom.protocols.shapes import Shapes
 from fedloom.server.app import build_strategy, workload
 from fedloom.server.complete import complete
-from fedloom.simulations.clock import Load
-from fedloom.simulations.clocked import BYTES, compute_seconds, step_of
+from fedloom.simulations.clock import BYTES, Load, compute_seconds, step_of
 from fedloom.simulations.fleet import Fleet
 from fedloom.simulations.naming import run_name
 from fedloom.strategies.base import State, Strategy
@@ -54,7 +53,7 @@ class Planned:
     bits: int
     memory: int | None  # bytes at the worst moment of a step
     seconds: float | None
-    down: int | None  # bytes, from the second round on, for a device that missed none
+    down: int | None  # bytes of the next round's patch, for a device that missed none: its slice, once it has pruned
     up: int | None
     why: str
 
@@ -94,9 +93,9 @@ def plan_fleet(
         state, round = forecast.measured(state, reports), max(round, 2)
     tell("planning")
     tasks = strategy.plan(state, reports, round)
-    down = forecast.down(tasks)
+    delta = forecast.delta(tasks)
     return [
-        forecast.one(state, report, task, index, down)
+        forecast.one(state, report, task, index, delta)
         for index, (report, task) in enumerate(zip(reports, tasks, strict=True))
     ]
 
@@ -118,14 +117,15 @@ class _Forecast:
         self._config, self._fleet, self._strategy, self._resident = config, fleet, strategy, resident
         self._shapes, self._run = shapes_of(resident), run_name(config)
 
-    def one(self, state: State, report: DeviceReport, task: Task, index: int, delta: int) -> Planned:
+    def one(self, state: State, report: DeviceReport, task: Task, index: int, delta: Mapping[str, int]) -> Planned:
         kind, whole = self._fleet.profile(index), self._complete(task)
         shapes, ratio = self._narrowed(task), task.knobs.get(PRUNE_RATIO)
         known = task.subspace is None  # costs are known of adapters alone
         sides = {name: min(linear.d_out, linear.d_in) for name, linear in shapes.linears.items()}
         ranks = {name: min(rank, sides[name]) for name, rank in self._ranks(task).items()}
         step = step_of(whole, ranks, shapes, self._config)
-        need, down, up = self._need(task, shapes, step), self._start_bytes(task) + delta, self._up_bytes(shapes, task)
+        need, up = self._need(task, shapes, step), self._up_bytes(shapes, task)
+        down = self._start_bytes(task) + self._down_bytes(shapes, delta)
         taken = None
         if known and kind is not None:
             computing = compute_seconds(shapes, step, whole, kind)
@@ -150,18 +150,17 @@ class _Forecast:
             why=reason,
         )
 
-    def down(self, tasks: Sequence[Task]) -> int:
-        """Bytes of one round's delta: the sum of all ranks of a cohort, up to the strategy's cap, dense if smaller."""
+    def delta(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """The rank of one round's delta by module: the sum of all ranks of a cohort, up to the strategy's cap."""
         fleet, server = len(tasks), self._config.server
         share = (min(server.cohort, fleet) or fleet) / fleet
         cap = getattr(self._strategy, "rank_cap", math.inf)
         merged = [task for task in tasks if task.subspace is None and task.send and not task.start.factors]
-        item, total = BYTES[self._config.wire.down], 0
+        ranks = {}
         for name, matrix in self._resident.spec.matrices.items():
             stacked = math.ceil(share * sum(self._ranks(task).get(name, 0) for task in merged))
-            rank = int(min(stacked, cap, matrix.d_out, matrix.d_in))
-            total += item * min(rank * (matrix.d_out + matrix.d_in), matrix.d_out * matrix.d_in)
-        return total + item * self._shapes.head
+            ranks[name] = int(min(stacked, cap, matrix.d_out, matrix.d_in))
+        return ranks
 
     def measured(self, state: State, reports: Sequence[DeviceReport]) -> State:
         """The state after a warm-up of the whole fleet, the first device's measurement standing for everybody's."""
@@ -208,6 +207,14 @@ class _Forecast:
 
     def _start_bytes(self, task: Task) -> int:
         return BYTES[self._config.wire.down] * size(task.start)
+
+    def _down_bytes(self, shapes: Shapes, delta: Mapping[str, int]) -> int:
+        """A delta of these ranks, dense where that is smaller, for a model of these shapes."""
+        item, total = BYTES[self._config.wire.down], shapes.head
+        for name, rank in delta.items():
+            whole, mine = self._shapes.linears[name], shapes.linears[name]
+            total += mine.size if whole.size < rank * (whole.d_out + whole.d_in) else rank * (mine.d_out + mine.d_in)
+        return item * total
 
     def _up_bytes(self, shapes: Shapes, task: Task) -> int:
         if not task.send or task.subspace is not None:

@@ -13,6 +13,7 @@ import torch
 
 from fedloom.protocols.config import RunConfig
 from fedloom.server.pooling import interval, pool
+from fedloom.simulations.clock import elapsed
 from fedloom.simulations.naming import main_metric
 
 SUMMARY_FILE = "summary.json"
@@ -93,10 +94,7 @@ def entry(label: str, folder: Path, records: Sequence[Mapping[str, Any]], config
 
 def _virtual(records: Sequence[Mapping[str, Any]], config: RunConfig) -> dict[str, float]:
     """What the rounds took on the devices' own clock, and how long devices waited in all; only where there is one."""
-    if not config.fleet.profiles:
-        return {}
-    keys = {"virtual_seconds": "slowest_seconds", "idle_seconds": "idle_seconds"}
-    return {name: sum(record.get(key, 0.0) for record in records) for name, key in keys.items()}
+    return elapsed(records) if config.fleet.profiles else {}
 
 
 def _devices(record: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from fedloom.client.device import Device
 from fedloom.client.model import Resident, load_model
 from fedloom.client.store import DeviceStore
 from fedloom.protocols.config import Model, RunConfig
-from fedloom.simulations.clocked import Clocked
+from fedloom.simulations.clock import Clocked
 from fedloom.simulations.fleet import EMBEDDED_MODEL, Fleet
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from queue import Empty
 from threading import Condition, Event, Thread
-from typing import Final
+from typing import Any, Final
 
 from fedloom.client.agent import machine
 from fedloom.client.agent.answers import Answer
@@ -15,7 +16,8 @@ from fedloom.client.agent.home import Home
 from fedloom.client.agent.model_process import ModelProcess, Ready
 from fedloom.client.progress import Watch
 from fedloom.client.settings import DeviceSettings
-from fedloom.protocols.messages import NOT_NOW
+from fedloom.protocols.codec import decode, encode
+from fedloom.protocols.messages import NOT_NOW, Update
 
 STOPS: Final = f"{NOT_NOW}this device's agent stops"
 _LOADING: Final = 600.0  # seconds that a request waits for the model
@@ -119,10 +121,11 @@ class WarmModel:
         Raises:
             Refused: with the reason, whoever's it is: the device's, the rules', or that of a process that broke down.
         """
-        process = self._model()
+        process, began = self._model(), time.monotonic()
         number, said = process.ask({"ask": "task"}, frame)
         del frame
         guard = _Guard(process, number, self._settings.rules.max_memory_mb, halt)
+        word: Answer | None = None  # what to say if memory ends the task, where that is an answer
         while True:
             try:
                 message, answer = said.get(timeout=_LOOK)
@@ -133,12 +136,17 @@ class WarmModel:
                 watch(message["step"], message["of"], message["loss"])
                 guard.look()
                 continue
+            if message["say"] == "if out of memory":
+                word = Answer(frame=answer, about=message["about"])
+                continue
             process.forget(number)
             if message["say"] == "done":
                 self._held = (message["held"][0], message["held"][1])
                 return Answer(frame=answer, about=message["about"])
             if message.get("last"):
                 process.over.wait(_GRACE)  # so that the next request meets the process after it
+            if word is not None and guard.ran_out(message):
+                return _costed(word, seconds=time.monotonic() - began, peak_bytes=guard.too_many)
             raise Refused(guard.halted or message["reason"], message.get("version"))
 
     def _model(self) -> ModelProcess:
@@ -184,6 +192,7 @@ class _Guard:
     def __init__(self, process: ModelProcess, number: int, limit_mb: int, halt: Callable[[], str]) -> None:
         self._process, self._number, self._limit_mb, self._halt = process, number, limit_mb, halt
         self.halted = ""  # why the task was told to end
+        self.too_many = 0  # bytes that the process held when it was ended for holding too many
         self._next, self._until = 0.0, 0.0
 
     def look(self) -> None:
@@ -192,13 +201,27 @@ class _Guard:
         if now < self._next:
             return
         self._next = now + _LOOK
-        if self._limit_mb and machine.resident_bytes(self._process.pid) > self._limit_mb * 10**6:
+        held = machine.resident_bytes(self._process.pid) if self._limit_mb else 0
+        if held > self._limit_mb * 10**6:
+            self.too_many = held
             self._process.kill(f"the task needs more memory than the {self._limit_mb} MB that this device allows")
         if not self.halted and (reason := self._halt()):
             self.halted, self._until = reason, now + _GRACE
             self._process.stop(self._number)
         elif self.halted and now > self._until:
             self._process.kill(self.halted)
+
+    def ran_out(self, last: Mapping[str, Any]) -> bool:
+        """Whether memory ended the task, by the last that was said of it: the process's own word, or its death."""
+        ended = bool(last.get("memory")) or (last["say"] == "died" and self.too_many > 0)
+        return ended and not self.halted
+
+
+def _costed(word: Answer, *, seconds: float, peak_bytes: int) -> Answer:
+    """An answer whose task took so long, in a process of so many bytes (0: not known)."""
+    update = decode(word.frame, Update, limit=len(word.frame))
+    cost = replace(update.cost, seconds=seconds, peak_rss_bytes=peak_bytes)
+    return replace(word, frame=encode(replace(update, cost=cost)))
 
 
 def _quick(process: ModelProcess, message: dict[str, str]) -> Answer:

@@ -5,6 +5,9 @@
 It is a process of its own so that whatever a task does to it (memory that runs out, a crash in native code) ends a task
 and not the agent. A task that is refused leaves the model as it was; after any other failure the process ends, and the
 agent starts another, whose model is as good as new.
+
+Where a server learns from hearing that its task was too much (adjusting.py), the agent is told beforehand what to
+answer should memory end the task: this process may not live to say it.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from typing import Any, Final
 
 import torch
 
-from fedloom.client.adjusting import adjusts, surrendered
+from fedloom.client.adjusting import adjusts, surrendered, too_much
 from fedloom.client.agent.accept import check_task
 from fedloom.client.agent.describe import describe_hello, describe_update
 from fedloom.client.agent.home import Home
 from fedloom.client.agent.limits import memory_wall
 from fedloom.client.agent.owned import own_device
 from fedloom.client.agent.pipe import Pipe
+from fedloom.client.cost import out_of_memory
 from fedloom.client.device import Device, NoRoom
 from fedloom.client.memory import peak_rss
 from fedloom.client.progress import Stopped, watching
@@ -90,6 +94,8 @@ class Worker:
             task = decode(frame, Task, limit=self._settings.limit)
             del frame
             check_task(task, self._settings.accept)
+            if adjusts(task):
+                self._leave_word(number, task)
             with watching(self._watch(number)), memory_wall(self._wall):
                 update = self._device.handle(task)
             if self._wall and peak_rss() > self._wall:
@@ -110,12 +116,18 @@ class Worker:
             self._refuse(number, f"this device's disk or data fails: {error.strerror or error}")
         except BaseException as error:
             traceback.print_exc()
-            self._refuse(number, self._failure(error), last=True)
+            self._refuse(number, self._failure(error), last=True, memory=out_of_memory(error))
             os._exit(_BROKEN)
+
+    def _leave_word(self, number: int, task: Task) -> None:
+        """Tell the agent what the task's answer is if memory ends it."""
+        update = too_much(task, self._device.examples)
+        about = describe_update(update, task.wire)
+        self._pipe.send({"number": number, "say": "if out of memory", "about": about}, encode(update))
 
     def _failure(self, error: BaseException) -> str:
         """One line, without anything that might be private, for a failure nobody foresaw."""
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             return f"the task needs more memory than there is, {self._allowed()}"
         return f"the task failed on this device ({type(error).__name__}); its log says more"
 
@@ -123,10 +135,12 @@ class Worker:
         limit = self._settings.rules.max_memory_mb
         return f"this device allows {limit} MB" if limit else "this device sets no limit of its own"
 
-    def _refuse(self, number: int, reason: str, *, version: int | None = None, last: bool = False) -> None:
-        """`last`: this process answers nothing more."""
-        message = {"number": number, "say": "refused", "reason": reason, "version": version, "last": last}
-        self._pipe.send(message)
+    def _refuse(
+        self, number: int, reason: str, *, version: int | None = None, last: bool = False, memory: bool = False
+    ) -> None:
+        """`last`: this process answers nothing more; `memory`: it has run out."""
+        message = {"number": number, "say": "refused", "reason": reason, "version": version}
+        self._pipe.send({**message, "last": last, "memory": memory})
 
     def _watch(self, number: int) -> Callable[[int, int, float], None]:
         last = 0.0

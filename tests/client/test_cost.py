@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from fedloom.client.bits import hold
-from fedloom.client.cost import Meter, attempt, fit_speed, held, out_of_memory, recomputed, shapes_of
+from fedloom.client.cost import Meter, attempt, fit_speed, held, out_of_memory, shapes_of
 from fedloom.client.data import Batch
 from fedloom.client.model import Resident, load_model
 from fedloom.client.training import FlatParameters, forward_logits, loss_sum, make_optimizer
@@ -128,11 +127,10 @@ def _measure(resident: Resident, work: Work) -> int:
         momentum = 0.9 if work.optimizer == "momentum" else 0.0
         knobs = config.Train(optimizer="adamw" if work.optimizer == "adamw" else "sgd", momentum=momentum)
         optimizer = make_optimizer(flat.values, knobs)
-        with recomputed(resident.model) if work.recompute else nullcontext():
-            for _ in range(3):
-                loss_sum(forward_logits(resident, batch), batch.labels).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                flat.grad.zero_()
+        for _ in range(3):
+            loss_sum(forward_logits(resident, batch), batch.labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            flat.grad.zero_()
 
     _, trial = attempt(run, metered=True, watch=held(resident))
     return trial.peak_bytes
@@ -153,7 +151,6 @@ def _work(resident: Resident, batch: int, length: int, width: int, rank: int, **
         (8, 64, 40, 24, {"optimizer": "sgd"}),
         (4, 200, 4, 2, {}),
         (4, 200, 4, 2, {"padded": False, "optimizer": "momentum"}),
-        (4, 200, 4, 2, {"recompute": True}),
         (8, 64, 10, 8, {"bits": 8}),
         (8, 64, 10, 8, {"bits": 4}),
     ],
@@ -305,18 +302,6 @@ def test_torchs_own_words_for_no_memory() -> None:
     assert out_of_memory(caught.value)
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("shapes do not fit"))
-
-
-def test_recomputed_gradients_are_the_same(make: Callable[..., Resident]) -> None:
-    resident = make("gpt2")
-    work = _work(resident, 2, 30, 4, 4)
-    _set_ranks(resident, dict(work.ranks))
-    batch, gradients = _batch(resident, work), []
-    for again in (False, True):
-        with recomputed(resident.model) if again else nullcontext():
-            loss = loss_sum(forward_logits(resident, batch), batch.labels)
-            gradients.append(torch.autograd.grad(loss, resident.adapters.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_what_costs_are_not_known_of(make: Callable[..., Resident], monkeypatch: pytest.MonkeyPatch) -> None:

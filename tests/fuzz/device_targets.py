@@ -29,6 +29,7 @@ from fedloom.client.store import DeviceStore, Held
 from fedloom.client.tensorfile import read_payload, write_payload
 from fedloom.protocols.codec import decode
 from fedloom.protocols.messages import Patch, Payload, Start, Task
+from fedloom.strategies.masked import Keep, covers, slice_patch
 
 RUN: Final = "0123abcd"
 _BASE: Final = corpus.SPEC.base_hash
@@ -145,8 +146,8 @@ class Store:
         for path, data in zip(self._paths, self._whole, strict=True):
             path.write_bytes(data)
 
-    def _take(self, patch: Patch | None) -> Held:
-        return self._store.take(patch, corpus.SPEC, RUN)
+    def _take(self, patch: Patch | None, keep: Keep | None = None) -> Held:
+        return self._store.take(patch, corpus.PRUNABLE, RUN, keep)
 
     def seeds_of_files(self) -> list[bytes]:
         return [joined(self._whole)]
@@ -189,7 +190,10 @@ class Store:
             _patch(1, 2, Payload()),
             _patch(0, 2, corpus.coefficients(corpus.POOL)),
         ]
-        return corpus.frames([base, *(replace(base, patch=patch) for patch in patches)])
+        pruned = replace(base, start=Payload(keep=corpus.KEEP))
+        slices = [slice_patch(patch, corpus.PRUNABLE, corpus.KEEP) for patch in patches[:-1]]
+        tasks = [*(replace(base, patch=patch) for patch in patches), *(replace(pruned, patch=p) for p in slices)]
+        return corpus.frames([base, *tasks])
 
     def check_patch(self, data: bytes) -> None:
         """A patch from the wire: a refused one changes no file, an accepted one fits the model and is still there."""
@@ -197,7 +201,7 @@ class Store:
         self._restore()
         before = listing(self._folder)
         try:
-            held = self._take(task.patch)
+            held = self._take(task.patch, task.start.keep)
         except ValueError:
             same("files after a refusal", listing(self._folder), before)
             raise
@@ -205,8 +209,10 @@ class Store:
         if task.patch is None or held.version == 0:
             return
         store_module._cache.clear()
-        again = self._take(_patch(held.version, held.version, Payload()))
+        again = self._take(_patch(held.version, held.version, Payload()), task.start.keep)
         difference("what is held", again.payload, held.payload)
+        if not covers(held.keep, task.start.keep):
+            raise Broken(f"what is held must have all units of its task, got {dict(held.keep)}")
 
 
 def _fits(payload: Payload) -> None:

@@ -184,10 +184,10 @@ def _matrices(draw: DrawFn, groups: dict[str, int]) -> MatrixSpec:
 
 @st.composite
 def _shapes(draw: DrawFn) -> Shapes:
-    large = st.sampled_from([1, 2, 4096, 2**40 - 1])
+    large, bytes_ = st.sampled_from([1, 2, 4096, 2**18]), st.sampled_from([1, 4096, 2**40 - 1])
     blocks = [
         Block(heads=kv * draw(_SIZES), kv_heads=kv, head_dim=draw(large), ffn=draw(large))
-        for kv in draw(st.lists(_SIZES, min_size=1, max_size=3))
+        for kv in draw(st.lists(_SIZES, min_size=1, max_size=2))
     ]
     linears = {
         name: Linear(
@@ -204,8 +204,8 @@ def _shapes(draw: DrawFn) -> Shapes:
         blocks=tuple(blocks),
         linears=linears,
         columns=draw(large),
-        other=draw(st.just(0) | large),
-        head=draw(st.just(0) | large),
+        other=draw(st.just(0) | bytes_),
+        head=draw(st.just(0) | bytes_),
         item=draw(st.sampled_from([2, 4])),
     )
 

@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
 
-import numpy as np
-from intake_targets import DEVICES, OPTIONS, SPEC, answer
+from intake_targets import DEVICES, OPTIONS, answer, check_finite, ran_out, spec_for
 from targets import MIB, Broken, Havoc, Target
 from wire_targets import KINDS, mutate_frame
 
@@ -63,11 +62,12 @@ def recipe(number: int) -> RunConfig:
     )
 
 
-def _honest(node: int, kind: str, frame: bytes) -> bytes:
-    """What a device that does what it is asked sends."""
+def _honest(number: int, node: int, kind: str, frame: bytes) -> bytes:
+    """What a device that does what it is asked sends, in a run of that strategy."""
+    spec = spec_for(_STRATEGIES[number % len(_STRATEGIES)])
     if kind == "query":
-        return encode(Hello(report=DEVICES[node - 1], spec=SPEC))
-    return encode(answer(decode(frame, Task, limit=1 << 24), seed=node))
+        return encode(Hello(report=DEVICES[node - 1], spec=spec))
+    return encode(answer(decode(frame, Task, limit=1 << 24), node, spec))
 
 
 def _run(number: int, devices: Devices, folder: Path, *, late: bool = False, alone: bool = False) -> None:
@@ -93,7 +93,7 @@ class Rounds:
         def devices(node: int, kind: str, frame: bytes) -> bytes:
             if node == _STRANGER and (kind == "query" if greets else _is_first_training(frame)):
                 return sent
-            return _honest(node, kind, frame)
+            return _honest(number, node, kind, frame)
 
         try:
             _run(number, devices, self._folder, late=late, alone=alone)
@@ -108,30 +108,45 @@ class Rounds:
         found, complaints = latest_checkpoint(self._folder / CHECKPOINTS)
         if found is None or complaints or found.round != 2:
             raise Broken(f"a run must end with a checkpoint of round 2 that reads well, got {found} {complaints}")
-        for name, tensor in found.state.tensors.items():
-            if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-                raise Broken(f"a state must be finite, got NaN or infinity in {name} of {recipe(number).strategy.name}")
+        check_finite(found.state)
         for line in (self._folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             json.loads(line, parse_constant=_no_constant)
 
     def seeds(self) -> list[bytes]:
-        """For every strategy, what an honest device would have sent."""
-        made = [bytes([late]) + _honest(_STRANGER, "query", b"") for late in (0, _LATE)]
+        """For every strategy, what an honest device would have sent; and where it can, that its memory ran out."""
+        made: list[bytes] = []
         for number in range(len(_STRATEGIES)):
             sent: dict[str, bytes] = {}
 
-            def devices(node: int, kind: str, frame: bytes, sent: dict[str, bytes] = sent) -> bytes:
-                frame = _honest(node, kind, frame)
+            def devices(
+                node: int, kind: str, frame: bytes, number: int = number, sent: dict[str, bytes] = sent
+            ) -> bytes:
+                if node == _STRANGER and kind == "train":
+                    task = decode(frame, Task, limit=1 << 24)
+                    if task.ranks or task.start.keep:
+                        sent.setdefault("out of memory", encode(ran_out(task)))
+                frame = _honest(number, node, kind, frame)
                 if node == _STRANGER:
                     sent.setdefault(kind, frame)
                 return frame
 
             _run(number, devices, self._folder)
-            made += [bytes([number | flag]) + sent["train"] for flag in (0, _ALONE)]
+            made += [
+                bytes([number | flag]) + sent[kind]
+                for kind in ("train", "out of memory")
+                for flag in (0, _ALONE)
+                if kind in sent
+            ]
+        greeters = [0, *(number for number, name in enumerate(_STRATEGIES) if spec_for(name).shapes)]
+        first_words = [
+            bytes([number | flag]) + _honest(number, _STRANGER, "query", b"")
+            for number in greeters
+            for flag in (0, _LATE, _ALONE)
+        ]
         nonce = derive_seed(_RUN, "nonce", Kind.TRAIN, 1, "hospital-a")
         no = Refusal(device="hospital-a", round=1, run=_RUN, nonce=nonce, reason="no", version=1)
         old = replace(no, nonce=nonce ^ 1, version=2**63 - 1)
-        return [*made, *(bytes([first]) + encode(each) for each in (no, old) for first in (0, _LATE))]
+        return [*made, *first_words, *(bytes([first]) + encode(each) for each in (no, old) for first in (0, _LATE))]
 
 
 def _is_greeting(frame: bytes) -> bool:
@@ -158,7 +173,8 @@ def _mutate(data: bytes, rng: random.Random, havoc: Havoc) -> bytes:
 
 def targets(folder: Path) -> dict[str, Target]:
     """Runs go into `folder`."""
-    logging.getLogger("fedloom.server").setLevel(logging.CRITICAL)
+    for room in ("server", "strategies"):
+        logging.getLogger(f"fedloom.{room}").setLevel(logging.CRITICAL)
     rounds = Rounds(folder)
     made = Target(
         name="rounds",

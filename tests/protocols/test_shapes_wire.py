@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,17 @@ from fedloom.protocols import framing
 from fedloom.protocols.codec import decode, encode
 from fedloom.protocols.messages import Cost, DeviceReport, Hello, ModelSpec, Update
 from fedloom.protocols.shapes import FAMILIES, READS, Block, Linear, Shapes
-from fedloom.protocols.shapes_wire import LARGEST, MAX_BLOCKS, check_shapes, read_shapes, write_shapes
+from fedloom.protocols.shapes_wire import (
+    LARGEST,
+    MAX_BLOCKS,
+    MOST,
+    MOST_BYTES,
+    WIDEST,
+    check_shapes,
+    read_shapes,
+    write_shapes,
+)
+from fedloom.strategies.cost import Work, flops, memory
 
 LIMIT = 64 << 20
 SHAPES = Shapes(
@@ -44,14 +55,14 @@ def forged(change: Callable[[Any], Any]) -> bytes:
     return framing.pack(3, record.SerializeToString(deterministic=True), [data])
 
 
-widths = st.integers(1, LARGEST - 1)
+widths = st.integers(1, 2**12)
 
 
 @st.composite
 def any_shapes(draw: st.DrawFn) -> Shapes:
-    kv = draw(st.lists(st.integers(1, 2**20), min_size=1, max_size=4))
+    kv = draw(st.lists(st.integers(1, 2**7), min_size=1, max_size=4))
     blocks = tuple(
-        Block(heads=n * draw(st.integers(1, 2**10)), kv_heads=n, head_dim=draw(widths), ffn=draw(widths)) for n in kv
+        Block(heads=n * draw(st.integers(1, 2**5)), kv_heads=n, head_dim=draw(widths), ffn=draw(widths)) for n in kv
     )
     linears = {
         name: Linear(
@@ -62,8 +73,8 @@ def any_shapes(draw: st.DrawFn) -> Shapes:
         )
         for name in draw(st.lists(st.text("ab.0", max_size=4), unique=True, max_size=4))
     }
-    sizes: dict[str, int] = {"hidden": draw(widths), "columns": draw(widths), "item": draw(widths)}
-    sizes |= {"other": draw(widths) - 1, "head": draw(widths) - 1}
+    sizes: dict[str, int] = {"hidden": draw(widths), "columns": draw(widths), "item": draw(st.integers(1, MOST_BYTES))}
+    sizes |= {name: draw(st.integers(0, LARGEST - 1)) for name in ("other", "head")}
     return Shapes(family=draw(st.sampled_from(FAMILIES)), blocks=blocks, linears=linears, **sizes)
 
 
@@ -102,7 +113,11 @@ FORGERIES: list[tuple[Callable[[Any], Any], str]] = [
     (lambda s: setattr(s.linears[0], "block", HUGE), r"block of '0\.q' must be an integer in 0\.\.1, got"),
     (lambda s: setattr(s.linears[0], "reads", "mind"), r"what '0\.q' reads must be one of attention, .* got 'mind'"),
     (lambda s: setattr(s.linears[0], "d_out", 0), r"d_out of '0\.q' must be an integer in 1"),
-    (lambda s: setattr(s.linears[1], "d_in", 2**40), r"d_in of '1\.down' must be an integer in 1\.\.1099511627775"),
+    (
+        lambda s: setattr(s.linears[1], "d_in", WIDEST + 1),
+        r"d_in of '1\.down' must be an integer in 1\.\.16777216, got",
+    ),
+    (lambda s: setattr(s, "item", MOST_BYTES + 1), r"shapes\.item must be an integer in 1\.\.16, got 17"),
     (lambda s: setattr(s.linears[1], "name", "0.q"), r"names in shapes\.linears must differ, got '0\.q' twice"),
     (lambda s: setattr(s.linears[1], "name", "a\nb"), r"a name in shapes\.linears must be one line"),
     (
@@ -131,7 +146,7 @@ def test_forged_shapes_are_refused(change: Callable[[Any], Any], match: str) -> 
     [
         (replace(SHAPES, family="rnn"), r"shapes\.family must be one of"),  # type: ignore[arg-type]
         (replace(SHAPES, blocks=()), "must have 1..4096 blocks, got 0"),
-        (replace(SHAPES, hidden=-1), r"shapes\.hidden must be an integer in 1\.\.1099511627775, got -1"),
+        (replace(SHAPES, hidden=-1), r"shapes\.hidden must be an integer in 1\.\.16777216, got -1"),
         (replace(SHAPES, item=2.0), r"shapes\.item must be an integer"),  # type: ignore[arg-type]
         (replace(SHAPES, head=True), r"shapes\.head must be an integer"),
     ],
@@ -141,6 +156,72 @@ def test_bad_shapes_are_not_sent(shapes: Shapes, match: str) -> None:
         encode(hello(shapes))
     with pytest.raises(ValueError, match=match):
         check_shapes("shapes", shapes)
+
+
+def _widened(block: Block, **sizes: Any) -> Shapes:
+    linear = Linear(block=0, reads="mixed", d_out=1, d_in=1)
+    return replace(SHAPES, **{"hidden": 1, "columns": 1, "blocks": (block,), "linears": {"0.o": linear}} | sizes)
+
+
+NARROW = Block(heads=1, kv_heads=1, head_dim=1, ffn=1)
+SQUARE = Linear(block=0, reads="mixed", d_out=2**22, d_in=2**22)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "match"),
+    [
+        (
+            _widened(replace(NARROW, heads=2**12, head_dim=2**12)),
+            _widened(replace(NARROW, heads=2**12, head_dim=2**12 + 1)),
+            "heads x head_dim of a block of shapes must be <= 16777216, got 16781312",
+        ),
+        (
+            _widened(NARROW, linears={"0.o": SQUARE}),
+            _widened(NARROW, linears={"0.o": SQUARE, "0.p": replace(SQUARE, d_in=1)}),
+            f"shapes must have <= {MOST} numbers in its linear layers, got {MOST + 2**22}",
+        ),
+        (
+            _widened(NARROW, hidden=2**21, columns=2**23),
+            _widened(NARROW, hidden=2**21, columns=2**23 + 1),
+            f"shapes must have <= {MOST} numbers in its logits' layer, got {MOST + 2**21}",
+        ),
+        (
+            _widened(replace(NARROW, ffn=(2**22 - 4) // 3), hidden=2**22),
+            _widened(replace(NARROW, ffn=(2**22 - 4) // 3 + 1), hidden=2**22, blocks=(replace(NARROW, ffn=2**22),)),
+            f"shapes must have <= {MOST} numbers in its blocks",
+        ),
+    ],
+)
+def test_good_widths_may_not_make_a_model_out_of_this_world(good: Shapes, bad: Shapes, match: str) -> None:
+    assert decode(encode(hello(good)), Hello, limit=LIMIT) == hello(good)
+    with pytest.raises(ValueError, match=match):
+        check_shapes("shapes", bad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_step_takes_of_the_widest_model_can_be_sent(family: Any) -> None:
+    """A task's `need` is a whole number below 2^63."""
+    wide = Block(heads=WIDEST, kv_heads=WIDEST, head_dim=1, ffn=WIDEST)
+    linears = {
+        f"{at}.{reads}": Linear(block=at, reads=reads, d_out=1, d_in=WIDEST)
+        for at in range(MAX_BLOCKS)
+        for reads in ("attention", "mixed", "mlp", "channels")
+    }
+    widest = Shapes(
+        family=family,
+        hidden=1,
+        blocks=(wide,) * MAX_BLOCKS,
+        linears=linears,  # type: ignore[arg-type]
+        columns=WIDEST,
+        other=LARGEST - 1,
+        head=LARGEST - 1,
+        item=MOST_BYTES,
+    )
+    check_shapes("shapes", widest)
+    for batch, length in ((2**19 // 512, 512), (1, 2**19)):
+        work = Work(ranks=dict.fromkeys(linears, 1), batch=batch, length=length, width=length // 2)
+        assert memory(widest, work).total < 2**63
+        assert math.isfinite(flops(widest, work))
 
 
 def test_the_record_alone_goes_back_and_forth() -> None:

@@ -1,22 +1,15 @@
-"""Profiles, fleets and drift."""
+"""Profiles and drift."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from fedloom.simulations.devices import EFFICIENCY, FEDSPINE, PROFILES, Profile, drifted, fleet, profile
-
-
-def test_a_fleet_has_the_mix_that_was_asked_for_in_an_order_of_its_seed() -> None:
-    devices = fleet(FEDSPINE, seed=3)
-    assert {name: sum(device.name == name for device in devices) for name in FEDSPINE} == dict(FEDSPINE)
-    assert devices == fleet(dict(reversed(FEDSPINE.items())), seed=3)
-    assert devices != fleet(FEDSPINE, seed=4)
+from fedloom.simulations.devices import EFFICIENCY, PROFILES, Profile, drifted, profile
 
 
 def test_the_vendors_order_is_kept() -> None:
-    tx2, nx, agx = (PROFILES[name] for name in FEDSPINE)
+    tx2, nx, agx = (PROFILES[name] for name in ("jetson-tx2", "jetson-xavier-nx", "jetson-agx-xavier"))
     assert tx2.speed.rate < nx.speed.rate < agx.speed.rate
     assert tx2.speed.rate == pytest.approx(1.33e12 * EFFICIENCY)
     assert tx2.available == 6_500_000_000
@@ -41,13 +34,9 @@ def test_drift_has_mean_one_and_hangs_on_no_other_draw() -> None:
     assert drifted(base, seed=1, index=7, round=5) == base
 
 
-def test_bad_fleets() -> None:
+def test_bad_profiles() -> None:
     with pytest.raises(ValueError, match=r"unknown device profile 'jetson-tx3': did you mean 'jetson-tx2'\?"):
-        fleet({"jetson-tx3": 1}, seed=0)
-    with pytest.raises(ValueError, match="must be >= 0, got -1"):
-        fleet({"phone": -1}, seed=0)
-    with pytest.raises(ValueError, match="at least one device"):
-        fleet({"phone": 0}, seed=0)
+        profile("jetson-tx3")
     with pytest.raises(ValueError, match="memory of d must be > 0, got 0"):
         Profile(name="d", peak=1, memory=0, down=1, up=1)
     with pytest.raises(ValueError, match="drift must be >= 0"):

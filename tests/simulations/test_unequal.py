@@ -13,16 +13,18 @@ from fedloom.client import device as devices
 from fedloom.client.cost import shapes_of
 from fedloom.client.model import Resident, load_model
 from fedloom.protocols.config import Lora, Model, RunConfig, build_config, override
-from fedloom.protocols.messages import Kind, Task, Update
+from fedloom.protocols.messages import Kind, Patch, Task, Update
 from fedloom.server.app import build_strategy, workload
 from fedloom.server.watch import Silent
-from fedloom.simulations.clock import Load
-from fedloom.simulations.clocked import Clocked
+from fedloom.simulations.clock import Clocked, Load
 from fedloom.simulations.devices import drifted, profile
+from fedloom.simulations.planned import plan_fleet
 from fedloom.simulations.runs import run_recipe
 from fedloom.simulations.world import World
+from fedloom.strategies import fedspine
 from fedloom.strategies.cost import Work, memory, seconds
 from fedloom.strategies.fedspine import FedSpine
+from fedloom.strategies.patchlog import size
 from fedloom.strategies.sparsity import narrowed
 
 TARGET = 0.25
@@ -120,6 +122,56 @@ def test_no_answer_passes_its_device_s_memory(
             assert task.knobs["batch_size"] < 4 or task.knobs["bits"] < 16
 
 
+def test_a_pruned_device_receives_its_slice_in_the_time_and_bytes_that_were_planned(
+    recipe: Callable[..., RunConfig], resident: Resident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan says of a round's patch is what the next round sends; and the clock counts that, and no more."""
+    seen: list[tuple[Task, float]] = []
+    honest = Clocked.handle
+
+    def noting(self: Clocked, task: Task) -> Update:
+        update = honest(self, task)
+        seen.append((task, update.cost.seconds))
+        return update
+
+    monkeypatch.setattr(Clocked, "handle", noting)
+    config = recipe("fedspine", server__rounds=2, wire__down="fp16", eval__every=9, fleet__drift=0.0)
+    run_recipe(config, tmp_path)
+    plan = {one.device: one for one in plan_fleet(config, resident)}
+    second = {task.device: task for task, _ in seen if task.kind is Kind.TRAIN and task.round == 2}
+    assert second.keys() == plan.keys()
+    whole = max(one.down or 0 for one in plan.values())
+    for name, task in second.items():
+        assert task.patch is not None
+        assert 2 * size(task.patch.payload) == plan[name].down
+    assert (plan["device-01"].down or whole) < 0.95 * whole
+
+    task = second["device-01"]
+    assert task.patch is not None
+    device = World(config, tmp_path / "again").device(1)
+    base = Task(**{**vars(task), "patch": None})
+    patched = Task(**{**vars(task), "patch": Patch(**{**vars(task.patch), "since": 0})})
+    times = [device.handle(one).cost.seconds for one in (base, patched)]
+    wanted = Load(down_bytes=2 * size(task.patch.payload)).seconds(profile("jetson-tx2")) - Load().seconds(
+        profile("jetson-tx2")
+    )
+    assert times[1] - times[0] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_slices_change_what_is_sent_and_nothing_else(
+    recipe: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose devices get all of every patch ends in the same state; rewards must not count seconds for that."""
+    config = recipe("fedspine", server__rounds=4, server__cohort=3, wire__down="fp16", strategy__reward_time=False)
+    (sliced,) = run_recipe(config, tmp_path / "sliced")["strategies"]
+    monkeypatch.setattr(fedspine, "slice_patch", lambda patch, spec, keep: patch)
+    (whole,) = run_recipe(config, tmp_path / "whole")["strategies"]
+    assert final_bytes(tmp_path / "sliced")[0] == final_bytes(tmp_path / "whole")[0]
+    assert sliced["loss_after"] == whole["loss_after"]
+    assert sliced["bytes_down"] < 0.95 * whole["bytes_down"]
+    assert sliced["bytes_up"] == whole["bytes_up"]
+
+
 @pytest.mark.parametrize("strategy", ["fedspine", "fedpipe"])
 def test_workers_change_no_byte(recipe: Callable[..., RunConfig], tmp_path: Path, strategy: str) -> None:
     for workers in (0, 2):
@@ -173,6 +225,7 @@ def test_seconds_are_a_closed_form(recipe: Callable[..., RunConfig], tmp_path: P
     shapes = narrowed(shapes_of(load_model(config.model, config.lora, seed=0)), ratio)
     work = Work(ranks=dict.fromkeys(shapes.linears, task.rank), batch=4, length=24, width=12)
     up = 2 * sum(term.a.size + term.b.size for term in update.payload.factors.values())
+    up += 2 * sum(value.size for value in update.payload.dense.values())  # what its units are worth
     wanted = Load(compute_seconds=seconds(shapes, work, kind.speed, steps=2), up_bytes=up).seconds(kind)
     assert update.cost.seconds == pytest.approx(wanted, rel=1e-9)
 

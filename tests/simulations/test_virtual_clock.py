@@ -1,4 +1,4 @@
-"""The virtual clock against closed forms."""
+"""The virtual clock against closed forms; what a task takes a device on it, in test_unequal.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.simulations.clock import Clock, Load
+from fedloom.protocols.messages import Cost, Update
+from fedloom.server import loop
+from fedloom.simulations.clock import Load, elapsed
 from fedloom.simulations.devices import Profile
 
 DEVICE = Profile(name="d", peak=1e9, memory=10**9, down=8e6, up=4e6)
@@ -17,36 +19,23 @@ def test_a_device_receives_computes_and_sends() -> None:
     assert Load().seconds(DEVICE) == 0
 
 
-def test_a_round_waits_for_its_slowest() -> None:
-    clock = Clock()
-    passed = clock.round({"a": 1.0, "b": 4.0, "c": 2.0})
-    assert (passed.seconds, passed.idle, passed.idle_seconds) == (4.0, {"a": 3.0, "c": 2.0, "b": 0.0}, 5.0)
-    after = clock.round({"a": 2.0})
-    assert (after.began, after.ended, clock.now, clock.rounds, clock.idle_seconds) == (4.0, 6.0, 6.0, 2, 5.0)
+@given(st.lists(st.lists(st.floats(0, 1e6), min_size=1, max_size=9), max_size=4))
+def test_rounds_follow_each_other_and_each_waits_for_its_slowest(rounds: list[list[float]]) -> None:
+    records: list[dict[str, float]] = [{"round": 0}]
+    for number, times in enumerate(rounds, 1):
+        records.append({"round": number})
+        loop._add_up(
+            records[-1], [Update(device="d", round=number, examples=1, cost=Cost(seconds=time)) for time in times]
+        )
+    took = elapsed(records)
+    assert took["virtual_seconds"] == pytest.approx(sum(max(times) for times in rounds))
+    idle = sum(max(times) - time for times in rounds for time in times)
+    assert took["idle_seconds"] == pytest.approx(idle, abs=1e-6)
 
 
-def test_a_round_ends_with_the_first_k_and_ties_go_by_name() -> None:
-    passed = Clock(now=10.0).round({"d": 9.0, "b": 2.0, "c": 1.0, "a": 2.0}, first=2)
-    assert passed.waited_for == ("c", "a")
-    assert (passed.seconds, passed.ended, passed.idle_seconds) == (2.0, 12.0, 1.0)
-    assert passed.finished["d"] == 9.0
-
-
-@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1e6), min_size=1, max_size=20), st.data())
-def test_idle_is_n_max_less_the_sum(times: dict[str, float], data: st.DataObject) -> None:
-    k = data.draw(st.integers(0, len(times)))
-    passed = Clock().round(times, first=k)
-    kept = sorted(times.values())[: k or len(times)]
-    assert passed.seconds == kept[-1]
-    assert passed.idle_seconds == pytest.approx(len(kept) * kept[-1] - sum(kept), abs=1e-6)
-
-
-def test_bad_rounds() -> None:
-    with pytest.raises(ValueError, match="at least one device"):
-        Clock().round({})
-    with pytest.raises(ValueError, match=r"must wait for 1\.\.1 devices, got 2"):
-        Clock().round({"a": 1.0}, first=2)
-    with pytest.raises(ValueError, match="time of a must be finite and >= 0, got nan"):
-        Clock().round({"a": float("nan")})
-    with pytest.raises(ValueError, match="up_bytes must be finite and >= 0, got -1"):
-        Load(up_bytes=-1)
+def test_bad_loads() -> None:
+    for field in ("down_bytes", "compute_seconds", "up_bytes"):
+        with pytest.raises(ValueError, match=f"{field} must be finite and >= 0, got -1"):
+            Load(**{field: -1})
+    with pytest.raises(ValueError, match="must be finite and >= 0, got inf"):
+        Load(up_bytes=float("inf"))

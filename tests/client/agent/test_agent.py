@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -18,10 +20,13 @@ import psutil
 import pytest
 from stages import LIMIT, LONG, Stage, ask, in_background, make_settings, make_task, refusal, until
 
+from fedloom.client.agent import machine, warm
+from fedloom.client.agent import worker as worker_module
 from fedloom.client.agent.agent import running
 from fedloom.client.agent.calls import Calls, calling
 from fedloom.client.agent.home import Home, socket_uri
 from fedloom.client.agent.outbox import entries
+from fedloom.client.agent.pipe import Pipe
 from fedloom.client.chunks import CHUNK
 from fedloom.client.data import Example
 from fedloom.client.device import Device
@@ -30,6 +35,7 @@ from fedloom.protocols import agent_pb2 as pb
 from fedloom.protocols.agent_pb2_grpc import AgentStub
 from fedloom.protocols.codec import decode, decode_answer, encode
 from fedloom.protocols.messages import Hello, Kind, Patch, Payload, Refusal, Update
+from fedloom.server.intake import check_update
 
 
 @pytest.fixture
@@ -353,3 +359,88 @@ def test_what_cannot_be_loaded_is_one_line_at_the_start(tmp_path: Path, tiny_lla
     ):
         pass
     assert not Home(folder=settings.folder).socket.exists()
+
+
+def test_a_task_that_passes_the_limit_is_an_answer_where_a_server_learns_from_it(
+    tmp_path: Path, tiny_llama: Path, examples: list[Example], llama: Resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed for its memory, a task fitted to this device comes back as out of memory; any other is refused."""
+    settings = make_settings(tmp_path, tiny_llama, examples, {"rules": {"threads": 1, "max_memory_mb": 8000}})
+    home = Home(folder=settings.folder)
+    ranks = dict.fromkeys(list(llama.spec.matrices)[:3], 2)
+    fitted = make_task(round=3, rank=2, ranks=ranks, knobs={**LONG, "need": 77, "bits": 16}, nonce=9)
+    measure, swollen = machine.resident_bytes, [False]
+    monkeypatch.setattr(machine, "resident_bytes", lambda pid: 9 * 10**9 if swollen[0] else measure(pid))
+    with running(settings, home) as agent, calling(home.socket) as calls:
+        stage = Stage(settings=settings, home=home, agent=agent)
+        answers = []
+        for task in (fitted, make_task(round=4, knobs=LONG)):
+            thread, said = in_background(stage, encode(task))
+            until(lambda round=task.round: calls.status().progress.round == round and calls.status().progress.step > 0)  # type: ignore[misc]
+            swollen[0] = True
+            thread.join(20)
+            swollen[0] = False
+            answers.append(decode_answer(said[0], (Update, Refusal), limit=LIMIT))
+        update, refused = answers
+        assert isinstance(update, Update)
+        check_update(update, fitted, llama.spec)
+        assert update.cost.out_of_memory
+        assert (update.examples, update.cost.peak_rss_bytes) == (4, 9 * 10**9)
+        assert 0 < update.cost.seconds < 60
+        assert update.metrics == {"ratio": 0.0, "rank": 2.0, "need": 77.0, "bits": 16.0}
+        assert isinstance(refused, Refusal)
+        assert refused.reason == "the task needs more memory than the 8000 MB that this device allows"
+        assert calls.perform(encode(fitted)) == encode(update)  # from the disk, as any answer
+        assert isinstance(ask(calls, make_task(round=5)), Update)
+    noted = [entry["what"] for entry in entries(home.folder) if entry.get("round") == 3]
+    assert [what["out_of_memory"] for what in noted] == [True, True]
+
+
+def test_a_process_that_memory_breaks_leaves_word(
+    tmp_path: Path, tiny_llama: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it said beforehand is the answer, unless the owner had told the task to end."""
+
+    class Broken:
+        examples = 4
+
+        def handle(self, task: Any) -> Update:
+            raise MemoryError
+
+    class Exited(BaseException):
+        pass
+
+    def leave(status: int) -> None:
+        raise Exited
+
+    monkeypatch.setattr(worker_module.os, "_exit", leave)
+    settings = make_settings(tmp_path, tiny_llama, examples)
+    home = Home(folder=settings.folder)
+    fitted = make_task(rank=2, ranks={"q": 2})
+    ours, theirs = (Pipe(end.detach()) for end in socket.socketpair())
+    with pytest.raises(Exited):
+        worker_module.Worker(theirs, Broken(), settings, home)._perform(7, encode(fitted))  # type: ignore[arg-type]
+    said = [ours.receive(), ours.receive()]
+    assert [message["say"] for message, _ in said] == ["if out of memory", "refused"]
+
+    class Gone:
+        over, pid = threading.Event(), 0
+
+        def ask(self, message: Any, frame: bytes) -> Any:
+            queue: SimpleQueue[Any] = SimpleQueue()
+            for each in said:
+                queue.put(each)
+            return 7, queue
+
+        def forget(self, number: int) -> None:
+            self.over.set()
+
+    model = warm.WarmModel(settings, home)
+    monkeypatch.setattr(model, "_model", Gone)
+    answer = model.perform(b"", lambda step, of, loss: None, lambda: "")
+    update = decode(answer.frame, Update, limit=LIMIT)
+    assert update.cost.out_of_memory
+    assert answer.about["out_of_memory"]
+    said[1][0]["memory"] = False
+    with pytest.raises(warm.Refused, match="more memory than there is"):
+        model.perform(b"", lambda step, of, loss: None, lambda: "")
