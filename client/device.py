@@ -34,14 +34,14 @@ from fedloom.client.module_scores import ModuleScores
 from fedloom.client.place import Place
 from fedloom.client.pruning.narrowing import apply_keep
 from fedloom.client.pruning.rounds import measure, probe, remembered, settle
-from fedloom.client.starting import starting_payload, starts_at_zero
+from fedloom.client.starting import pruned_start, starting_payload, starts_at_zero
 from fedloom.client.store import DeviceStore, Held
 from fedloom.client.training import forward_logits
 from fedloom.protocols import config
 from fedloom.protocols.messages import Array, Cost, DeviceReport, Hello, Kind, Payload, Subspace, Task, Update
 from fedloom.strategies.ffa import drop_a
-from fedloom.strategies.masked import slice_payload
 from fedloom.strategies.unequal import DROP, MEASURE
+from fedloom.strategies.unit_order import SCORES, UNIT_SCORES
 
 
 class NoRoom(ValueError):  # noqa: N818 - a refusal, named for its reason
@@ -87,7 +87,7 @@ class Device:
         """Who this device is and which model it holds."""
         report = DeviceReport(
             device=self.name,
-            examples=len(self._examples[Kind.TRAIN]),
+            examples=self.examples,
             rank=self._rank,
             version=self._store.newest_version(),
             state_round=self._store.newest_state(),
@@ -100,6 +100,11 @@ class Device:
     def version(self, run: str) -> int:
         """The newest version of a run's model that this device holds; 0 for the base."""
         return self._store.newest_version(run)
+
+    @property
+    def examples(self) -> int:
+        """How many examples it trains on."""
+        return len(self._examples[Kind.TRAIN])
 
     def prepare(self) -> None:
         """Tokenise the examples now: what is wrong with them is then said here, and not to a server.
@@ -117,13 +122,13 @@ class Device:
 
         Raises:
             NoRoom: for a task that needs too much memory and cannot be answered with that alone.
-            StaleVersion: when the task's patch builds on a version that this device does not hold.
+            StaleVersion: when the task's patch builds on what this device does not hold.
             ValueError: for a task that is not for this device or beyond its limits, bad data, or a diverged training.
         """
         self._check(task)
         reset_peak()
         began = time.perf_counter()
-        held = self._store.take(task.patch, self._resident.spec, task.run)
+        held = self._store.take(task.patch, self._resident.spec, task.run, task.start.keep)
         if task.subspace is None and held.payload.coefficients is not None:
             raise ValueError("a task on coefficients must name their subspace, got none")
         if task.subspace is not None and (held.payload.factors or held.payload.dense):
@@ -142,7 +147,7 @@ class Device:
         return Update(
             device=self.name,
             round=task.round,
-            examples=len(self._examples[Kind.TRAIN]),
+            examples=self.examples,
             kind=task.kind,
             run=task.run,
             nonce=task.nonce,
@@ -234,8 +239,8 @@ class Device:
         """Prune as far as the task says, tune what is left, and remember which units mattered."""
         resident, dataset = self._resident, self._dataset(Kind.TRAIN)
         keep, memory = settle(resident, task, held, remembered(own), lambda: dataset)
-        start = starting_payload(replace(task, start=Payload()), resident.spec, held.warm, None)
-        resident.adapters.set_factors(slice_payload(start, resident.spec, keep).factors, train_a=task.train_a)
+        start = pruned_start(task, resident.spec, held.warm, keep)
+        resident.adapters.set_factors(start.factors, train_a=task.train_a)
         before, importance, loss = self._heads(), measure(resident, memory), probe(resident, dataset, task)
         with listening(resident, importance.observe):
             metrics = {**tuners.get(task.tuner)(resident, dataset, task), **repeated(task)}
@@ -243,6 +248,8 @@ class Device:
         metrics = {**metrics, DROP: loss - probe(resident, dataset, task)}
         memory = replace(memory, scores=importance.scores)
         self._store.save_state(task.round, task.run, memory.payload())
+        if task.knobs.get(UNIT_SCORES):
+            moved |= {SCORES + name: value.astype("f4") for name, value in importance.scores.items()}
         return metrics, Payload(factors=resident.adapters.get_factors(), dense=moved, keep=keep)
 
     def _settings(self, task: Task) -> config.Evaluation:

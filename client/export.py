@@ -22,8 +22,8 @@ from fedloom.client.model import Resident
 from fedloom.client.place import Place
 from fedloom.client.pruning.narrowing import Biases, apply_keep
 from fedloom.client.pruning.saved import save_pruned
-from fedloom.client.pruning.structure import whole
 from fedloom.protocols.messages import LowRank, MatrixSpec, Payload, Scope, unscaled
+from fedloom.strategies.choosing import whole
 from fedloom.strategies.masked import Keep, slice_payload
 
 _PREFIX = "base_model.model"

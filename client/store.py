@@ -8,6 +8,10 @@ A version's lineage is a hash of every payload that led to it. Devices that reac
 round, or at once from the base) hold the same model up to float32 rounding but not to the last bit, so each way has a
 file of its own: in a simulation devices share `patch_dir`, one file serves all that came the same way, and no device's
 bits depend on which process was first. A file is written whole or not at all.
+
+A pruned device is sent its slice of what it missed. Slices are put back at full size, zero in what did not come, before
+they are added up: every sum is then taken as of whole patches, and what a device reads of it has the same bits. A
+version is known in the units that all its slices had; its file holds these alone.
 """
 
 from __future__ import annotations
@@ -26,8 +30,10 @@ import numpy as np
 from fedloom.client.patching import BASE
 from fedloom.client.tensorfile import digest_payload, read_payload, write_payload, write_whole
 from fedloom.protocols.messages import Array, ModelSpec, Patch, Payload
+from fedloom.protocols.validate import check_keep
 from fedloom.strategies.coefficients import WINDOW
 from fedloom.strategies.lowrank import add
+from fedloom.strategies.masked import Keep, covers, in_both, pruned, scatter_payload, slice_payload
 
 WARM_ROWS = 64
 PATCHES_KEPT = 8  # versions kept below the newest, of factors and dense tensors
@@ -39,7 +45,7 @@ _LINEAGE = re.compile("[0-9a-f]{20}")
 
 
 class StaleVersion(ValueError):  # noqa: N818 - a refusal, named for what the server does about it
-    """The device does not hold the version that a patch builds on; `version` is what it does hold."""
+    """The device does not hold what a patch builds on; `version` is what the next patch may build on (0: the base)."""
 
     def __init__(self, message: str, version: int) -> None:
         super().__init__(message)
@@ -48,12 +54,16 @@ class StaleVersion(ValueError):  # noqa: N818 - a refusal, named for what the se
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """The global model at one version: the accumulated payload, and where the next adapters may start."""
+    """The global model at one version: the accumulated payload, and where the next adapters may start.
+
+    All at full size; what belongs to units that `keep` drops is not to be used.
+    """
 
     version: int
     payload: Payload = field(default_factory=Payload)
     warm: Mapping[str, Array] = field(default_factory=dict)  # module: [up to WARM_ROWS, d_in]
     key: Hashable = BASE  # the same key means the same content
+    keep: Keep = field(default_factory=dict)  # the units that the payload is known in; a group not named: all of them
 
 
 _cache: OrderedDict[Hashable, Held] = OrderedDict()
@@ -66,12 +76,17 @@ class DeviceStore:
         """The folders are made when something is first written; devices of a simulation share `patch_dir`."""
         self.patch_dir, self.state_dir = Path(patch_dir), Path(state_dir)
 
-    def take(self, patch: Patch | None, spec: ModelSpec, run: str) -> Held:
+    def take(self, patch: Patch | None, spec: ModelSpec, run: str, keep: Keep | None = None) -> Held:
         """The version that a task asks for, added up and written down if it is new. No patch means the base itself.
 
+        Args:
+            keep: the units that the task may keep, as its start names them: what is held must be known in all of them.
+                None, as a group that is not named, is the whole model.
+
         Raises:
-            StaleVersion: when the patch builds on a version that this device does not hold.
-            ValueError: for a patch of another base, one that does not fit the model, or a corrupted file.
+            StaleVersion: when the patch builds on a version that this device does not hold, or not in these units.
+            ValueError: for a patch of another base, one that does not fit the model or the units of its task, or a
+                corrupted file.
         """
         if patch is None:
             return Held(version=0)
@@ -80,21 +95,24 @@ class DeviceStore:
                 f"the patch must be for this device's base {spec.base_hash[:12]}, got one for {patch.base_hash[:12]}"
             )
         _check_fits(patch.payload, spec)
+        wanted = keep or {}
+        if patch.payload and not _known(patch.payload.keep, wanted, spec):
+            raise ValueError("a patch must have all units that its task may keep, got a slice without some")
         if patch.version == 0:
             return Held(version=0)
         before = self._lineages(run).get(patch.since, "") if patch.since else "base"
         if patch.since == patch.version:
-            return self._load(patch.since, before) or self._stale(patch.since, run)
+            return self._find(patch.since, before, spec, run, wanted)
         lineage = _lineage(run, before, patch)
         try:
-            held = self._load(patch.version, lineage)
+            is_new = self._load(patch.version, lineage, spec) is None
         except ValueError:
-            held = None  # corrupted: made again
-        if held is None:
-            self._write_patch(self._advance(patch, spec, run, before), lineage)
-            held = self._load(patch.version, lineage)
+            is_new = True  # corrupted: made again
+        if is_new:
+            self._write_patch(self._advance(patch, spec, run, before, wanted), lineage, spec)
+        held = self._find(patch.version, lineage, spec, run, wanted)
         self._hold(run, patch.version, lineage)
-        return held or self._stale(patch.version, run)
+        return held
 
     def newest_version(self, run: str | None = None) -> int:
         """The newest version held (of `run`, if given); 0 for the base."""
@@ -147,17 +165,32 @@ class DeviceStore:
         version = self.newest_version(run)
         raise StaleVersion(f"the patch must build on a version held here ({version}), got {asked}", version)
 
-    def _advance(self, patch: Patch, spec: ModelSpec, run: str, before: str) -> Held:
-        """P_v from P_s and what came since."""
-        warm = {name: np.asarray(factor.a[:WARM_ROWS], np.float32) for name, factor in patch.payload.factors.items()}
-        if patch.since == 0:
-            return Held(version=patch.version, payload=patch.payload, warm=warm)
-        older = self._load(patch.since, before) or self._stale(patch.since, run)
-        if not patch.payload:
-            return Held(version=patch.version, payload=older.payload, warm=older.warm)
-        return Held(version=patch.version, payload=add(patch.payload, older.payload, spec), warm=warm)
+    def _find(self, version: int, lineage: str, spec: ModelSpec, run: str, wanted: Keep) -> Held:
+        """A version that is held in these units.
 
-    def _load(self, version: int, lineage: str) -> Held | None:
+        Raises:
+            StaleVersion: for one that is not held at all, or was made of slices that lack some of them.
+        """
+        held = self._load(version, lineage, spec) or self._stale(version, run)
+        if not _known(held.keep, wanted, spec):
+            raise StaleVersion(
+                f"the patch must build on the base (0): version {version} is held here without units of the task", 0
+            )
+        return held
+
+    def _advance(self, patch: Patch, spec: ModelSpec, run: str, before: str, wanted: Keep) -> Held:
+        """P_v from P_s and what came since."""
+        payload = scatter_payload(patch.payload, spec)
+        warm = {name: np.asarray(factor.a[:WARM_ROWS], np.float32) for name, factor in payload.factors.items()}
+        if patch.since == 0:
+            return Held(version=patch.version, payload=payload, warm=warm, keep=in_both({}, patch.payload.keep))
+        older = self._find(patch.since, before, spec, run, wanted)
+        if not payload:
+            return Held(version=patch.version, payload=older.payload, warm=older.warm, keep=older.keep)
+        total = add(payload, older.payload, spec)
+        return Held(version=patch.version, payload=total, warm=warm, keep=in_both(older.keep, patch.payload.keep))
+
+    def _load(self, version: int, lineage: str, spec: ModelSpec) -> Held | None:
         path = self._patch_path(version, lineage)
         try:
             stat = path.stat()
@@ -166,14 +199,16 @@ class DeviceStore:
         key = (str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if key not in _cache:
             payload, warm, _ = read_payload(path)
-            _cache[key] = Held(version=version, payload=payload, warm=warm, key=key)
+            whole = scatter_payload(payload, spec)
+            _cache[key] = Held(version=version, payload=whole, warm=warm, key=key, keep=payload.keep)
             while len(_cache) > CACHED:
                 _cache.popitem(last=False)
         _cache.move_to_end(key)
         return _cache[key]
 
-    def _write_patch(self, held: Held, lineage: str) -> None:
-        write_payload(self._patch_path(held.version, lineage), held.payload, held.warm, {"version": held.version})
+    def _write_patch(self, held: Held, lineage: str, spec: ModelSpec) -> None:
+        mine = slice_payload(held.payload, spec, held.keep)
+        write_payload(self._patch_path(held.version, lineage), mine, held.warm, {"version": held.version})
         kept = PATCHES_KEPT if held.payload.coefficients is None else COEFFICIENTS_KEPT
         for path in self.patch_dir.glob("v*-*.safetensors"):
             version = path.name[1:].partition("-")[0]
@@ -184,19 +219,38 @@ class DeviceStore:
         return self.patch_dir / f"v{version}-{lineage}.safetensors"
 
 
+def _known(known: Keep, wanted: Keep, spec: ModelSpec) -> bool:
+    """Whether what is known in some units is known in all that are wanted."""
+    if not known:
+        return True
+    check_keep("a task's keep", wanted, spec.groups)
+    return covers(known, wanted)
+
+
 def _check_fits(payload: Payload, spec: ModelSpec) -> None:
-    """Raise ValueError unless the model has all that a patch adds to, in its shapes: before any of it is kept."""
+    """Raise ValueError unless the model has all that a patch adds to, in its shapes: before any of it is kept.
+
+    A slice has the shapes of its keep, and no more rank than the model's matrix: put back at full size, it takes twice
+    the matrix at most.
+    """
     if payload.scalars is not None:
         raise ValueError("a patch must carry no scalars")
+    if payload.keep and payload.coefficients is not None:
+        raise ValueError("a patch in a subspace must be of the whole model, got a slice")
+    matrices = pruned(spec, payload.keep).matrices if payload.keep else spec.matrices
     shapes: list[tuple[str, tuple[int, ...]]] = [(name, array.shape) for name, array in payload.dense.items()]
     shapes += [(name, (factor.b.shape[0], factor.a.shape[1])) for name, factor in payload.factors.items()]
     for name, shape in shapes:
-        matrix = spec.matrices.get(name)
+        matrix = matrices.get(name)
         wanted = (matrix.d_out, matrix.d_in) if matrix else spec.dense.get(name)
         if wanted is None:
             raise ValueError(f"a patch must name what the model has, got {name[:80]!r}")
         if shape != wanted:
             raise ValueError(f"a patch of {name} must have shape {list(wanted)}, got {list(shape)}")
+    for name, factor in payload.factors.items() if payload.keep else ():
+        most = min(spec.matrices[name].d_out, spec.matrices[name].d_in)
+        if factor.rank > most:
+            raise ValueError(f"a slice of a patch of {name} must have rank <= {most}, got {factor.rank}")
 
 
 def _lineage(run: str, before: str, patch: Patch) -> str:

@@ -1,6 +1,7 @@
 """A payload (and rows beside it) as one safetensors file: written whole or not at all, its metadata in the header.
 
-Tensors: `a/{module}`, `b/{module}`, `dense/{name}` and `coefficients` (int64) of the payload, `warm/{module}` beside.
+Tensors: `a/{module}`, `b/{module}`, `dense/{name}`, `coefficients` (int64) and, of a pruned model's slice, the bitmaps
+`keep/{group}` (bool, a byte a unit) of the payload, `warm/{module}` beside.
 The header also holds a digest of all of it, so that a damaged file is noticed.
 """
 
@@ -39,6 +40,8 @@ def digest_payload(payload: Payload) -> str:
     if payload.coefficients is not None:
         digest.update(f"coefficients|{payload.coefficients.subspace}|{payload.coefficients.exponent}|".encode())
         digest.update(np.ascontiguousarray(payload.coefficients.steps, "<i8").tobytes())
+    for group, bits in sorted(payload.keep.items()):
+        digest.update(f"keep|{group}|{bits.shape}|".encode() + np.packbits(bits).tobytes())
     return digest.hexdigest()
 
 
@@ -50,6 +53,7 @@ def write_payload(path: Path, payload: Payload, warm: Mapping[str, Array], meta:
         tensors |= {f"a/{name}": factor.a, f"b/{name}": factor.b}
     scales = {name: [factor.alpha, factor.rslora] for name, factor in payload.factors.items()}
     contiguous: dict[str, NDArray[Any]] = {n: np.ascontiguousarray(array, np.float32) for n, array in tensors.items()}
+    contiguous |= {f"keep/{group}": np.ascontiguousarray(bits, np.bool_) for group, bits in payload.keep.items()}
     about = {**meta, "scales": scales}
     if payload.coefficients is not None:
         contiguous["coefficients"] = np.ascontiguousarray(payload.coefficients.steps, np.int64)
@@ -104,7 +108,7 @@ def read_payload(path: Path) -> tuple[Payload, dict[str, Array], dict[str, Any]]
 def _parted(tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> tuple[Payload, dict[str, Array]]:
     """The payload and the warm rows in a file's tensors."""
     for name, tensor in tensors.items():
-        wanted = np.int64 if name == "coefficients" else np.float32
+        wanted = np.int64 if name == "coefficients" else np.bool_ if name.startswith("keep/") else np.float32
         if tensor.dtype != wanted:
             raise ValueError(f"{name} must be {np.dtype(wanted)}, got {tensor.dtype}")
     factors = {
@@ -115,8 +119,10 @@ def _parted(tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, Any]) -> tup
     if "subspace" in meta:
         subspace = subspace_from(meta["subspace"])
         coefficients = Coefficients(subspace=subspace, exponent=meta["exponent"], steps=tensors["coefficients"])
-    dense = {name.removeprefix("dense/"): array for name, array in tensors.items() if name.startswith("dense/")}
-    warm = {name.removeprefix("warm/"): array for name, array in tensors.items() if name.startswith("warm/")}
-    payload = Payload(factors=factors, dense=dense, coefficients=coefficients)
+    dense, warm, keep = (
+        {name.removeprefix(kind): array for name, array in tensors.items() if name.startswith(kind)}
+        for kind in ("dense/", "warm/", "keep/")
+    )
+    payload = Payload(factors=factors, dense=dense, coefficients=coefficients, keep=keep)
     validate.check_payload("the payload", payload)
     return payload, warm

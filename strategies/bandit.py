@@ -12,6 +12,11 @@ tried first, hundreds of rounds of it); a leaf splits once it holds `split_after
 bonus to the noise of rewards in [0, 1]. Arms that do not fit the device are never chosen: each is drawn from the part
 of its leaf that fits. After an out-of-memory report no arm that needs as much is chosen again.
 
+Ours, too: devices may learn from one another. One bandit of the fleet (device "") observes every arm and owns the
+leaves; a device adds to its own N(P) what the fleet saw there, a pull of another's counting `share` of its own and all
+of them together `most` at the most. A new device then starts from what was good for the others, and its own pulls soon
+outweigh that.
+
 Everything drawn is a function of (seed, device, round), so a resumed run chooses as an uninterrupted one does.
 `choose` changes nothing; `observe` returns the next state. Rewards are in [0, 1]
 (bandit_reward.py). Legend: L leaves, n remembered arms.
@@ -35,6 +40,7 @@ Need = Callable[[float, int], float]  # bytes that (ratio, rank) takes; falls wi
 
 ARRAYS: Final = ("leaves", "rounds", "ratios", "ranks", "rewards")  # of a state
 FORGET: Final = 1e-6  # arms of less weight than this are dropped
+REMEMBERED: Final = 10_000  # arms that a bandit remembers at most, the newest
 _STEPS: Final = 40  # bisections for the least ratio that fits
 
 
@@ -87,6 +93,15 @@ class BanditState:
         return cls(device=meta["device"], seed=meta["seed"], memory_bound=bound, **dict(tensors))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a fleet knows as a round begins: its leaves [L, 5], and the discounted counts and means in them, [L]."""
+
+    leaves: Floats
+    counts: Floats
+    means: Floats
+
+
 class Policy(Protocol):
     """How arms are chosen; options in the object, everything learned in the state."""
 
@@ -94,8 +109,8 @@ class Policy(Protocol):
         """What a device's bandit knows at first."""
         ...
 
-    def choose(self, state: BanditState, round: int, limits: Limits) -> Arm:
-        """An arm within the limits, the same for the same state and round.
+    def choose(self, state: BanditState, round: int, limits: Limits, fleet: Evidence | None = None) -> Arm:
+        """An arm within the limits, the same for the same state and round, and for the same that the fleet knows.
 
         Raises:
             ValueError: when no arm fits, with the device and the smallest need.
@@ -220,6 +235,7 @@ def record(
         raise ValueError(f"a reward must be in [0, 1], got {reward}")
     rounds = np.append(state.rounds, np.int64(round))
     keep = discount ** (rounds.max() - rounds).astype(np.float64) >= FORGET
+    keep[:-REMEMBERED] = False
     return replace(
         state,
         rounds=rounds[keep],
@@ -242,31 +258,45 @@ class DiscountedUCB:
     split_after: int = 2
     cells: tuple[int, int] = (1, 1)  # ratios, log ranks, at first
     split: bool = True
+    modest: int = 1  # ranks below it are for when no other fits
+    share: float = 0.1  # what a pull of another device counts
+    most: float = 2.0  # own pulls that all of the fleet's in a leaf count at most
 
     def __post_init__(self) -> None:
         if not 0 < self.discount <= 1 or not 0 < self.theta <= 1:
             raise ValueError(f"discount and theta must be in (0, 1], got {self.discount} and {self.theta}")
-        if self.exploration < 0 or self.prior < 0 or self.split_after < 1 or min(self.cells) < 1:
-            raise ValueError("exploration and prior must be >= 0, split_after and cells >= 1, got " + repr(self))
+        if min(self.exploration, self.prior, self.most) < 0 or self.split_after < 1 or min(self.cells) < 1:
+            raise ValueError("exploration, prior and most must be >= 0, split_after and cells >= 1, got " + repr(self))
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1], got {self.share}")
 
     def init(self, device: str, seed: int) -> BanditState:
         """The whole box as a grid of cells, nothing observed; a grid finer than the ranks has fewer columns."""
         ratios = np.linspace(0.0, self.box.max_ratio, self.cells[0] + 1)
         edges = np.unique(np.floor((self.box.max_rank + 1) ** np.linspace(0, 1, self.cells[1] + 1) + 1e-9))
+        edges = np.unique(np.append(edges, min(self.modest, self.box.max_rank)))
         leaves = [
             [low, high, first, end - 1, math.nan] for low, high in pairwise(ratios) for first, end in pairwise(edges)
         ]
         return fresh(device, seed, np.array(leaves))
 
-    def statistics(self, state: BanditState, round: int) -> tuple[Floats, Floats]:
-        """Discounted counts N [L] and means R [L] as `round` begins, without the prior (mean 0 where N is 0)."""
+    def statistics(self, state: BanditState, round: int, leaves: Floats | None = None) -> tuple[Floats, Floats]:
+        """Discounted counts N [L] and means R [L] as `round` begins, without the prior (mean 0 where N is 0).
+
+        `leaves`: others than the state's own.
+        """
         if len(state.rounds) and round < state.rounds.max():
             raise ValueError(f"round must be >= {state.rounds.max()}, the last one observed, got {round}")
         weights = self.discount ** (round - state.rounds).astype(np.float64)
-        inside = self._inside(state.leaves, state.ratios, state.ranks)
+        inside = self._inside(state.leaves if leaves is None else leaves, state.ratios, state.ranks)
         counts = inside @ weights
         sums = inside @ (weights * state.rewards)
         return counts, np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+
+    def evidence(self, fleet: BanditState, round: int) -> Evidence:
+        """What a fleet's bandit tells its devices as `round` begins."""
+        counts, means = self.statistics(fleet, round)
+        return Evidence(leaves=fleet.leaves, counts=counts, means=means)
 
     def _inside(self, leaves: Floats, ratios: Floats, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which arm is in which leaf, [L, n]: ratios half open, but for the last."""
@@ -275,21 +305,27 @@ class DiscountedUCB:
         inside: NDArray[np.bool_] = (ratios >= low) & top & (ranks >= first) & (ranks <= last)
         return inside
 
-    def indices(self, state: BanditState, round: int) -> Floats:
-        """The upper confidence bound of every leaf, [L]; inf where nothing is known."""
-        counts, means = self.statistics(state, round)
-        prior = np.where(np.isnan(state.leaves[:, 4]), 0.0, self.prior)
-        known = counts + prior
-        total = counts * means + prior * np.nan_to_num(state.leaves[:, 4])
-        spread = 2 * math.log(max(float(counts.sum()), 1.0))
+    def indices(self, state: BanditState, round: int, fleet: Evidence | None = None) -> Floats:
+        """The upper confidence bound of every leaf (the fleet's, if there is one), [L]; inf where nothing is known."""
+        leaves = state.leaves if fleet is None else fleet.leaves
+        counts, means = self.statistics(state, round, leaves)
+        prior = np.where(np.isnan(leaves[:, 4]), 0.0, self.prior)
+        others = np.zeros_like(counts) if fleet is None else np.minimum(self.share * fleet.counts, self.most)
+        known = counts + others + prior
+        total = counts * means + prior * np.nan_to_num(leaves[:, 4])
+        total += 0.0 if fleet is None else others * fleet.means
+        spread = 2 * math.log(max(float((counts + others).sum()), 1.0))
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(known > 0, total / known + self.exploration * np.sqrt(spread / known), np.inf)
 
-    def choose(self, state: BanditState, round: int, limits: Limits) -> Arm:
-        """An arm from the leaf of the largest bound among those of which a part fits; the first of equals."""
-        bounds = self.indices(state, round)
-        for leaf in np.argsort(-bounds, kind="stable"):
-            part = corner(state, limits, state.leaves[leaf])
+    def choose(self, state: BanditState, round: int, limits: Limits, fleet: Evidence | None = None) -> Arm:
+        """An arm from the leaf of the largest bound among those of which a part fits; the first of equals.
+
+        Leaves of ranks below `modest` come after all others.
+        """
+        bounds, leaves = self.indices(state, round, fleet), state.leaves if fleet is None else fleet.leaves
+        for leaf in np.lexsort((-bounds, leaves[:, 3] < self.modest)):
+            part = corner(state, limits, leaves[leaf])
             if part is not None:
                 return draw(state, limits, part, uniforms(state, round))
         raise refuse(state, limits, self.box)
@@ -311,63 +347,3 @@ class DiscountedUCB:
         mean = (counts[at] * means[at] + prior * np.nan_to_num(state.leaves[at, 4])) / (counts[at] + prior)
         pair = self.box.split(state.leaves[at], arm, int(widths[1] > widths[0]), mean)
         return replace(state, leaves=np.concatenate([state.leaves[:at], pair, state.leaves[at + 1 :]]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomArm:
-    """The baseline that draws from all that fits, and learns only what runs out of memory."""
-
-    box: Box = field(default_factory=Box)
-
-    def init(self, device: str, seed: int) -> BanditState:
-        """Nothing observed."""
-        return fresh(device, seed, self.box.whole())
-
-    def choose(self, state: BanditState, round: int, limits: Limits) -> Arm:
-        """A ratio evenly from those that fit, then a log rank evenly."""
-        part = corner(state, limits, state.leaves[0])
-        if part is None:
-            raise refuse(state, limits, self.box)
-        return draw(state, limits, part, uniforms(state, round))
-
-    def observe(
-        self, state: BanditState, round: int, arm: Arm, reward: float, *, out_of_memory: bool = False
-    ) -> BanditState:
-        """Keep the newest arm and the bound of memory."""
-        return record(state, round, arm, reward, out_of_memory, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedArm:
-    """The baseline of one arm, moved only as far as fitting needs; with the best arm in hindsight, the oracle."""
-
-    ratio: float
-    rank: int
-    box: Box = field(default_factory=Box)
-    backoff: float = 0.05  # share of the memory that ran out to stay below, where possible
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ratio <= self.box.max_ratio or not 1 <= self.rank <= self.box.max_rank:
-            raise ValueError(f"ratio and rank must be in {self.box}, got {self.ratio} and {self.rank}")
-
-    def init(self, device: str, seed: int) -> BanditState:
-        """Nothing observed."""
-        return fresh(device, seed, self.box.whole())
-
-    def choose(self, state: BanditState, round: int, limits: Limits) -> Arm:
-        """The arm; where it does not fit, the lowest ratio above it that does, then the highest rank below it."""
-        leaf = np.array([min(self.ratio, limits.ratio_ceiling), self.box.max_ratio, 1.0, self.rank, math.nan])
-        safe = replace(limits, memory=min(limits.memory, state.memory_bound * (1 - self.backoff)))
-        for allowed in (safe, limits):
-            for first in (self.rank, 1):  # a higher ratio before a lower rank
-                leaf[2] = min(first, limits.rank_ceiling)
-                part = corner(state, allowed, leaf)
-                if part is not None:
-                    return draw(state, allowed, part, (0.0, 1.0 - 2.0**-53))
-        raise refuse(state, limits, self.box)
-
-    def observe(
-        self, state: BanditState, round: int, arm: Arm, reward: float, *, out_of_memory: bool = False
-    ) -> BanditState:
-        """Keep the newest arm and the bound of memory."""
-        return record(state, round, arm, reward, out_of_memory, 0.0)

@@ -72,8 +72,3 @@ def regret(means: Floats, earned: Floats) -> Floats:
     if not np.isfinite(best).all():
         raise ValueError("an arm must fit in every round, got none that does")
     return np.cumsum(best - earned)
-
-
-def idle_seconds(seconds: Floats) -> float:
-    """How long devices wait for the slowest of the cohort, all together: sum_i (max T - T_i)."""
-    return float((seconds.max() - seconds).sum()) if len(seconds) else 0.0

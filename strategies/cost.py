@@ -39,7 +39,6 @@ class Work:
     width: int = 0  # columns at the right edge that logits are made of, for a language model: the longest completion
     bits: int = 16  # 16 leaves the base in its dtype
     optimizer: Literal["adamw", "sgd", "momentum"] = "adamw"
-    recompute: bool = False  # keep only the blocks' inputs, and run each block again in the backward pass
     padded: bool = True  # some text is shorter than the longest, so that attention needs a mask
 
     def __post_init__(self) -> None:
@@ -120,9 +119,6 @@ def memory(shapes: Shapes, work: Work, *, reserve: int = 0) -> Memory:
         for one in kept
     ]
     saved = sum(sizes)
-    if work.recompute:
-        inputs = sum(n * shapes.hidden * shapes.item for one in kept if one.flows)
-        saved = inputs + max(sizes) - (n * shapes.hidden * shapes.item if len(sizes) > 1 else 0)
     if top_flows and shapes.family != "bert":  # the last norm's input
         saved += n * (shapes.hidden + 2) * (FLOAT if shapes.family == "llama" else shapes.item)
         saved += n * shapes.hidden * FLOAT if shapes.head else 0  # what a trained head reads, of every token
@@ -164,20 +160,17 @@ def flops(shapes: Shapes, work: Work) -> float:
     n, base = work.tokens, sum(linear.size for linear in shapes.linears.values())
     forward = 2.0 * n * base
     attention = sum(4.0 * n * work.length * block.heads * block.head_dim for block in shapes.blocks)
-    again = (forward + attention) if work.recompute else 0.0
     adapters = sum(flops_marginal(shapes, work, module, rank) for module, rank in work.ranks.items())
     rows = work.batch * (work.width + 1) if work.width else work.batch
-    passes = 3 if work.recompute else 2
     head = 4.0 * rows * shapes.hidden * shapes.columns
-    return 2 * forward + 3.5 * attention + again + adapters + head + passes * DEQUANTISE[work.bits] * base
+    return 2 * forward + 3.5 * attention + adapters + head + 2 * DEQUANTISE[work.bits] * base
 
 
 def flops_marginal(shapes: Shapes, work: Work, module: str, rank: int) -> float:
     """Operations that an adapter adds to a step: 2 r (d_in + d_out) a token forward, twice that backward."""
     linear = shapes.linears[module]
-    passes = 4 if work.recompute else 3
     tokens = work.batch if linear.reads == "pooled" else work.tokens
-    return passes * 2.0 * tokens * rank * (linear.d_out + linear.d_in)
+    return 6.0 * tokens * rank * (linear.d_out + linear.d_in)
 
 
 def seconds(shapes: Shapes, work: Work, speed: Speed, steps: int = 1) -> float:

@@ -6,9 +6,12 @@ with the updates of pruned models scattered and averaged over the devices that k
 
     (ratio, rank)_i,t = bandit_i,t            memory(ratio, rank) <= the device's, ratio >= what it has pruned already
     device: prune to the ratio by importance, tune, answer with its factors and what it keeps
-    r_i = clip(drop_i / scale) (1 + rho ratio_i / target) / (1 + rho) / (1 + |T_i - median T| / median T)
+    r_i = clip(drop_i / (s median drop)) (1 + rho ratio_i / target) / (1 + rho) / (1 + |T_i - median T| / median T)
 
-Ours: a ratio's room in round t. All devices end at `target`; a bandit is free between a slow and a fast way there:
+Ours: which units go. All go by one order (unit_order.py), of which nothing is known in the first round: then a device
+prunes no further than it must, and chooses by itself.
+
+Ours, too: a ratio's room in round t. All devices end at `target`; a bandit is free between a slow and a fast way there:
 
     target (t / ramp)^3 <= ratio_t <= target (1 - (1 - t / ramp)^3)
 
@@ -21,17 +24,19 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from fedloom.protocols.messages import DeviceReport, ModelSpec, Patch, Payload, Start, Task, Update
 from fedloom.strategies import planning
-from fedloom.strategies.bandit import Arm, Box, DiscountedUCB, FixedArm, Limits, Policy, RandomArm
+from fedloom.strategies.bandit import Arm, BanditState, Box, DiscountedUCB, Evidence, Limits, Policy
+from fedloom.strategies.bandit_baselines import FixedArm, RandomArm
 from fedloom.strategies.bandit_reward import Reward
 from fedloom.strategies.base import State, Workload
 from fedloom.strategies.cost import fixed, marginal
 from fedloom.strategies.fedloom import Fedloom
+from fedloom.strategies.masked import slice_patch
 from fedloom.strategies.packing import prefixed, spec_of, under
 from fedloom.strategies.server_optimizer import MergeOptions, refuse_elementwise
 from fedloom.strategies.sparsity import cubic, most_ratio, narrowed, removed
@@ -47,8 +52,12 @@ from fedloom.strategies.unequal import (
     told_shapes,
     underlying,
 )
+from fedloom.strategies.unit_order import UNIT_SCORES, Measured, UnitOrder, units_of
 
 log = logging.getLogger(__name__)
+
+TINY_DROP: Final = 1e-6  # a round's median drop counts as at least this
+FLEET: Final = ""  # the name of the bandit that learns from all devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,8 @@ class FedSpine(MergeOptions):
     work: Workload = field(default=Workload(), metadata={"doc": "What a step of the recipe's training is."})
     target: float = field(default=0.3, metadata={"doc": "Share of heads and channels that every device ends without."})
     ramp: int = field(default=8, metadata={"doc": "Rounds until the target is reached."})
-    max_rank: int = field(default=32, metadata={"doc": "Largest rank a device may be given."})
+    max_rank: int = field(default=16, metadata={"doc": "Largest rank a device may be given."})
+    min_rank: int = field(default=4, metadata={"doc": "Ranks below it are for devices that no larger one fits."})
     policy: Literal["tree", "grid", "random", "fixed"] = field(
         default="tree",
         metadata={"doc": "Who chooses: `tree`, leaves that split; `grid`, 4 x 4 cells; or a baseline."},
@@ -66,7 +76,20 @@ class FedSpine(MergeOptions):
     fixed_rank: int = field(default=8, metadata={"doc": "Rank of the policy `fixed`, whose ratio is the fast way."})
     discount: float = field(default=0.98, metadata={"doc": "How fast a bandit forgets: a round's weight in the next."})
     exploration: float = field(default=0.15, metadata={"doc": "Weight of what a bandit does not know yet."})
-    loss_scale: float = field(default=1.0, metadata={"doc": "The drop of the loss that earns a whole reward."})
+    share: float = field(
+        default=0.1,
+        metadata={"doc": "What an arm that another device tried counts for a device; 0: each learns alone."},
+    )
+    loss_scale: float = field(
+        default=2.0, metadata={"doc": "The drop of the loss that earns a whole reward, in medians of the round's."}
+    )
+    masks: Literal["fleet", "own"] = field(
+        default="fleet",
+        metadata={
+            "doc": "Which units go: `fleet`, by one order from the importances that all measured, which they send; "
+            "`own`, each device by its own, which stay with it."
+        },
+    )
     rho: float = field(default=1.0, metadata={"doc": "Weight of what is pruned in the reward."})
     reward_loss: bool = field(default=True, metadata={"doc": "Whether the drop of the loss is part of the reward."})
     reward_progress: bool = field(default=True, metadata={"doc": "Whether what is pruned is part of the reward."})
@@ -96,11 +119,17 @@ class FedSpine(MergeOptions):
             raise ValueError('fedspine must be given a model that can be pruned: set model.describe = "units"')
         if self.target > (most := most_ratio(told_shapes(spec))):
             raise ValueError(f"target must be <= {most:.3f} for this model (some layers are spared), got {self.target}")
+        if self.masks == "fleet":
+            units_of(spec)  # raises where a group has no place
         state = self._merge().init(spec, seed, devices)
-        return replace(state, meta={**state.meta, "seed": seed, "standings": {}})
+        fleet = self._policy().init(FLEET, seed)
+        tensors = {**state.tensors, **prefixed("fleet", fleet.tensors())}
+        return replace(
+            state, tensors=tensors, meta={**state.meta, "seed": seed, "standings": {}, "fleet": fleet.meta()}
+        )
 
     def plan(self, state: State, devices: Sequence[DeviceReport], round: int) -> list[Task]:
-        """Each device prunes to its arm's ratio and trains at its rank, on base and patch, from B = 0.
+        """Each device prunes to its arm's ratio and trains at its rank, on base and its slice of the patch, from B = 0.
 
         A device that ran out of memory at less than it said it lends, until no arm is left, gets no task.
 
@@ -108,12 +137,14 @@ class FedSpine(MergeOptions):
             ValueError: for a device that no arm fits, with its name and the smallest need.
         """
         spec, held = spec_of(state), planning.patches(state, devices)
-        tasks, need = [], self._needs(spec)
+        tasks, need, policy, fleet = [], self._needs(spec), self._policy(), self._evidence(state, round)
+        order = order_of(state)
         for report in devices:
             standing = self._standing(state, report.device)
+            allowed = standing.allowed(spec)
             limits = self._limits(need, most_rank(report, spec), report, standing, round)
             try:
-                arm = self._policy().choose(standing.bandit, round, limits)
+                arm = policy.choose(standing.bandit, round, limits, fleet)
             except ValueError as error:
                 if need(self.target, 1) < standing.bandit.memory_bound:
                     raise
@@ -127,9 +158,9 @@ class FedSpine(MergeOptions):
                     round=round,
                     rank=arm.rank,
                     start_from=Start.PATCH,
-                    patch=held[report.version],
-                    start=Payload(keep=standing.allowed(spec)),
-                    knobs={PRUNE_RATIO: arm.ratio},
+                    patch=slice_patch(held[report.version], spec, allowed),
+                    start=Payload(keep=order.keep(units_of(spec), arm.ratio, allowed) if order else allowed),
+                    knobs={PRUNE_RATIO: arm.ratio, **({UNIT_SCORES: True} if self.masks == "fleet" else {})},
                 )
             )
         return tasks
@@ -139,15 +170,14 @@ class FedSpine(MergeOptions):
         spec = spec_of(state)
         tasks = planning.patch_evaluation(state, devices, round, self.scaling)
         floor = min(self._floor(round), most_ratio(told_shapes(spec)))
-        standings = [self._standing(state, task.device) for task in tasks]
-        return [
-            replace(
-                task,
-                start=Payload(keep=standing.allowed(spec)),
-                knobs={PRUNE_RATIO: max(standing.ratio, floor)},
-            )
-            for task, standing in zip(tasks, standings, strict=True)
-        ]
+        order, judged = order_of(state), []
+        for task in tasks:
+            standing = self._standing(state, task.device)
+            ratio, allowed = max(standing.ratio, floor), standing.allowed(spec)
+            keep = order.keep(units_of(spec), ratio, allowed) if order else allowed
+            patch = slice_patch(task.patch, spec, allowed)
+            judged.append(replace(task, start=Payload(keep=keep), patch=patch, knobs={PRUNE_RATIO: ratio}))
+        return judged
 
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
         """Merge the updates as the default strategy does, and let every bandit learn from its device's.
@@ -160,11 +190,17 @@ class FedSpine(MergeOptions):
         merged, seen = merge(self._merge(), state, updates)
         standings, tensors = dict(state.meta["standings"]), dict(merged.tensors)
         tensors |= prefixed("standing", under("standing", state.tensors))
+        fleet = self._fleet(state)
         for one, reward in zip(seen, self._rewards(seen), strict=True):
             standing = self._learned(state, one, reward, need)
             standings[one.device] = standing_table(standing)
             tensors |= standing_tensors(standing, spec)
-        return replace(merged, tensors=tensors, meta={**merged.meta, "standings": standings})
+            if not one.out_of_memory:
+                fleet = self._policy().observe(fleet, one.round, self._arm(one, need), reward)
+        tensors |= prefixed("fleet", fleet.tensors())
+        if self.masks == "fleet":
+            tensors |= prefixed("order", reordered(state, seen).tensors())
+        return replace(merged, tensors=tensors, meta={**merged.meta, "standings": standings, "fleet": fleet.meta()})
 
     def catch_up(self, state: State, since: int) -> Patch | None:
         """The deltas that a device at version `since` lacks."""
@@ -215,11 +251,23 @@ class FedSpine(MergeOptions):
             exploration=self.exploration,
             cells=cells,
             split=self.policy == "tree",
+            share=self.share,
+            modest=min(self.min_rank, self.max_rank),
         )
 
-    def _reward(self) -> Reward:
+    def _fleet(self, state: State) -> BanditState:
+        arrays: Any = under("fleet", state.tensors)
+        return BanditState.restore(arrays, state.meta["fleet"])
+
+    def _evidence(self, state: State, round: int) -> Evidence | None:
+        policy = self._policy()
+        if not isinstance(policy, DiscountedUCB) or not policy.share:
+            return None
+        return policy.evidence(self._fleet(state), round)
+
+    def _reward(self, median_drop: float = 1.0) -> Reward:
         return Reward(
-            scale=self.loss_scale,
+            scale=self.loss_scale * max(median_drop, TINY_DROP),
             rho=self.rho,
             loss=self.reward_loss,
             progress=self.reward_progress,
@@ -229,11 +277,17 @@ class FedSpine(MergeOptions):
     def _floor(self, round: int) -> float:
         return self.target * min(round / self.ramp, 1.0) ** 3
 
+    def room(self, round: int) -> tuple[float, float]:
+        """The least and the most that the schedule lets a device prune by this round, whatever its memory."""
+        slow = self._floor(round)
+        blind = self.masks == "fleet" and round <= 1  # nobody knows yet which units matter
+        return slow, slow if blind else cubic(round, self.ramp, self.target)
+
     def _limits(
         self, need: Callable[[float, int], int], rank: int, report: DeviceReport, standing: Standing, round: int
     ) -> Limits:
-        fast = cubic(round, self.ramp, self.target)
-        floor = max(standing.ratio, self._floor(round))
+        slow, fast = self.room(round)
+        floor = max(standing.ratio, slow)
         lent = float(report.memory) if report.memory else math.inf
         bound = math.nextafter(standing.bandit.memory_bound, 0.0)
         ceiling = max(fast, floor)
@@ -265,21 +319,39 @@ class FedSpine(MergeOptions):
         return known or Standing(bandit=self._policy().init(device, int(state.meta["seed"])))
 
     def _learned(self, state: State, one: Seen, reward: float, need: Callable[[float, int], int]) -> Standing:
-        standing = self._standing(state, one.device)
-        ratio = min(one.ratio, self.target)
-        arm = Arm(ratio=ratio, rank=one.rank, need=float(need(ratio, one.rank)))
+        standing, arm = self._standing(state, one.device), self._arm(one, need)
         bandit = self._policy().observe(standing.bandit, one.round, arm, reward, out_of_memory=one.out_of_memory)
         if one.out_of_memory:
             return replace(standing, bandit=bandit)
-        return Standing(bandit=bandit, keep=one.keep, ratio=max(standing.ratio, ratio))
+        return Standing(bandit=bandit, keep=one.keep, ratio=max(standing.ratio, arm.ratio))
+
+    def _arm(self, one: Seen, need: Callable[[float, int], int]) -> Arm:
+        ratio = min(one.ratio, self.target)
+        return Arm(ratio=ratio, rank=one.rank, need=float(need(ratio, one.rank)))
 
     def _rewards(self, seen: Sequence[Seen]) -> list[float]:
-        times = [one.seconds for one in seen if not one.out_of_memory]
-        median = float(np.median(times)) if times else 0.0
-        reward = self._reward()
+        """Against the round's medians: losses fall less as a run goes on, whatever the arm."""
+        sound = [one for one in seen if not one.out_of_memory]
+        median = float(np.median([one.seconds for one in sound])) if sound else 0.0
+        drops = [one.drop for one in sound if math.isfinite(one.drop)]
+        reward = self._reward(float(np.median(drops)) if drops else 1.0)
         return [
             0.0
             if one.out_of_memory
             else reward(one.drop, min(one.ratio / self.target, 1.0), max(one.seconds, 1e-9), max(median, 1e-9))
             for one in seen
         ]
+
+
+def order_of(state: State) -> UnitOrder:
+    """The order in which the fleet's units go, as the last round left it."""
+    arrays: Any = under("order", state.tensors)
+    return UnitOrder.restore(arrays)
+
+
+def reordered(state: State, seen: Sequence[Seen]) -> UnitOrder:
+    """The order after a round: gone as far as its most pruned device, and with what its devices measured."""
+    units = units_of(spec_of(state))
+    sound = [one for one in seen if not one.out_of_memory and one.examples]
+    measured = [Measured(scores=one.scores, keep=one.keep, weight=float(one.examples)) for one in sound if one.scores]
+    return order_of(state).advanced(units, [one.keep for one in sound]).learned(units, measured)

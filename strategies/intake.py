@@ -18,6 +18,7 @@ from fedloom.protocols.messages import Array, LowRank, ModelSpec, Payload, Updat
 from fedloom.protocols.validate import check_keep
 from fedloom.strategies.lowrank import Delta, as_float, inner, payload_norm
 from fedloom.strategies.masked import MaskedAccumulator, pruned
+from fedloom.strategies.unit_order import check_scores, split
 
 
 def check_update(
@@ -39,6 +40,10 @@ def check_update(
     who, payload = f"update of {update.device}", update.payload
     if update.examples < 0:
         raise ValueError(f"{who} must count examples >= 0, got {update.examples}")
+    if masked:
+        payload, scores = split(payload)
+        if scores:
+            check_scores(who, scores, spec.groups)
     _check_names(who, payload, spec, partial)
     if payload.keep and not masked:
         raise ValueError(f"{who} must be of the whole model, got one pruned in {sorted(payload.keep)[:3]}")

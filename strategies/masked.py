@@ -18,16 +18,18 @@ put kept rows and columns in their places; D_out [d_out, d_out], D_in [d_in, d_i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.protocols.messages import Array, Axis, LowRank, MatrixSpec, ModelSpec, Payload, Task, unscaled
+from fedloom.protocols.messages import Array, Axis, LowRank, MatrixSpec, ModelSpec, Patch, Payload, unscaled
 from fedloom.protocols.validate import check_keep
-from fedloom.strategies.lowrank import Accumulator, Delta, add
+from fedloom.strategies.lowrank import Accumulator, Delta
 
+T = TypeVar("T")
 Bits = NDArray[np.bool_]
 Keep = Mapping[str, Bits]
 
@@ -94,6 +96,20 @@ def check_within(where: str, keep: Keep, allowed: Keep) -> None:
             raise ValueError(f"{where} must keep no unit of {group!r} that was dropped, got unit {int(extra.argmax())}")
 
 
+def covers(known: Keep, wanted: Keep) -> bool:
+    """Whether the units of `known` are all of those in `wanted`; a group that either does not name is whole.
+
+    Both must have been held against one spec.
+    """
+    return not any((wanted.get(group, np.True_) & ~bits).any() for group, bits in known.items())
+
+
+def in_both(one: Keep, other: Keep) -> dict[str, Bits]:
+    """The units that two keeps have in common, without the groups that are whole in both."""
+    common = {**one, **other, **{group: one[group] & other[group] for group in one.keys() & other.keys()}}
+    return {group: bits for group, bits in common.items() if not bits.all()}
+
+
 def scatter(term: LowRank, matrix: MatrixSpec, keep: Keep) -> LowRank:
     """A pruned model's term at full size: b [d_out, r] and a [r, d_in], zero where nothing was kept.
 
@@ -137,6 +153,43 @@ def _check_sizes(what: str, term: LowRank, wanted: tuple[int, int]) -> None:
         )
 
 
+class _Cut(Mapping[str, T]):
+    """Values cut anew each time they are asked for: a slice for every device, and no copy of any."""
+
+    def __init__(self, whole: Mapping[str, T], cut: Callable[[str, T], T]) -> None:
+        self._whole, self._cut = whole, cut
+
+    def __getitem__(self, name: str) -> T:
+        return self._cut(name, self._whole[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+
+def _slice_view(payload: Payload, spec: ModelSpec, keep: Keep) -> Payload:
+    """`slice_payload` without its copies: its tensors are cut when they are read."""
+    check_keep("keep", keep, spec.groups)
+    if payload.keep or payload.scalars is not None or payload.coefficients is not None:
+        raise ValueError("a payload to slice must be of the whole model, in factors and dense terms")
+    unknown = (payload.factors.keys() | payload.dense.keys()) - (spec.matrices.keys() | spec.dense.keys())
+    if unknown:
+        raise ValueError(f"a payload to slice must name what the model has, got {sorted(unknown)[:3]}")
+
+    def dense(name: str, value: Array) -> Array:
+        matrix = spec.matrices.get(name)
+        if matrix is None:
+            return value
+        rows, columns = indices(matrix.rows, keep, matrix.d_out), indices(matrix.columns, keep, matrix.d_in)
+        cut: Array = np.ascontiguousarray(value[rows][:, columns])
+        return cut
+
+    factors = _Cut(payload.factors, lambda name, term: slice_term(term, spec.matrices[name], keep))
+    return Payload(factors=factors, dense=_Cut(payload.dense, dense), keep=dict(keep))
+
+
 def slice_payload(payload: Payload, spec: ModelSpec, keep: Keep) -> Payload:
     """A device's own part of a patch or an adapter, with its `keep`; heads stay whole, no keep leaves all as it is.
 
@@ -146,19 +199,23 @@ def slice_payload(payload: Payload, spec: ModelSpec, keep: Keep) -> Payload:
     """
     if not keep:
         return payload
-    check_keep("keep", keep, spec.groups)
-    if payload.keep or payload.scalars is not None or payload.coefficients is not None:
-        raise ValueError("a payload to slice must be of the whole model, in factors and dense terms")
-    unknown = (payload.factors.keys() | payload.dense.keys()) - (spec.matrices.keys() | spec.dense.keys())
-    if unknown:
-        raise ValueError(f"a payload to slice must name what the model has, got {sorted(unknown)[:3]}")
-    factors = {name: slice_term(term, spec.matrices[name], keep) for name, term in payload.factors.items()}
-    dense = dict(payload.dense)
-    for name in dense.keys() & spec.matrices.keys():
-        matrix = spec.matrices[name]
-        rows, columns = indices(matrix.rows, keep, matrix.d_out), indices(matrix.columns, keep, matrix.d_in)
-        dense[name] = np.ascontiguousarray(dense[name][rows][:, columns])
-    return Payload(factors=factors, dense=dense, keep=dict(keep))
+    view = _slice_view(payload, spec, keep)
+    return Payload(factors=dict(view.factors), dense=dict(view.dense), keep=view.keep)
+
+
+def slice_patch(patch: Patch | None, spec: ModelSpec, keep: Keep) -> Patch | None:
+    """What of a patch a device needs that may keep these units alone; as it is where that is all of it.
+
+    `keep` is what the server knows the device to have pruned to, not what a task asks of it: until the device has
+    answered, a later task may still let it keep more. Tensors are cut when they are read: patches for many devices
+    take no more memory than one.
+
+    Raises:
+        ValueError: as slice_payload.
+    """
+    if patch is None or not patch.payload or all(bits.all() for bits in keep.values()):
+        return patch
+    return replace(patch, payload=_slice_view(patch.payload, spec, keep))
 
 
 def scatter_payload(payload: Payload, spec: ModelSpec) -> Payload:
@@ -180,33 +237,6 @@ def scatter_payload(payload: Payload, spec: ModelSpec) -> Payload:
         whole[np.ix_(rows, columns)] = dense[name]
         dense[name] = whole
     return Payload(factors=factors, dense=dense)
-
-
-def add_slices(newer: Payload, older: Payload, spec: ModelSpec) -> Payload:
-    """The sum of two slices of one keep, as lowrank.add makes it of whole payloads; `spec` is the whole model's.
-
-    Raises:
-        ValueError: for slices that keep different units, or a name that the spec does not know.
-    """
-    names = newer.keep.keys() | older.keep.keys()
-    if any(not np.array_equal(newer.keep.get(name, []), older.keep.get(name, [])) for name in names):
-        raise ValueError("slices to add must keep the same units; slice the whole patch again")
-    total = add(replace(newer, keep={}), replace(older, keep={}), pruned(spec, newer.keep))
-    return replace(total, keep=newer.keep)
-
-
-def slice_task(task: Task, spec: ModelSpec, keep: Keep) -> Task:
-    """The task for a device that may keep these units alone: its start and its patch are slices.
-
-    The device answers with terms of these units, or of fewer. Give all units of a group where it may choose freely.
-
-    Raises:
-        ValueError: as slice_payload.
-    """
-    start = slice_payload(task.start, spec, keep)
-    if task.patch is None or not task.patch.payload:
-        return replace(task, start=start)
-    return replace(task, start=start, patch=replace(task.patch, payload=slice_payload(task.patch.payload, spec, keep)))
 
 
 class MaskedAccumulator:

@@ -9,7 +9,7 @@ The server's memory grows with the number of devices by these alone: a bit a uni
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -20,10 +20,12 @@ from fedloom.protocols.shapes import Shapes
 from fedloom.strategies.bandit import ARRAYS, BanditState
 from fedloom.strategies.base import State
 from fedloom.strategies.fedloom import Fedloom
+from fedloom.strategies.intake import check_update
 from fedloom.strategies.masked import Bits, Keep
 from fedloom.strategies.packing import spec_of
 from fedloom.strategies.server_optimizer import MergeOptions
 from fedloom.strategies.sparsity import pruned_share
+from fedloom.strategies.unit_order import split
 
 RATIO, RANK, DROP = "ratio", "rank", "drop"  # metrics of an update: what its device did, and what the loss fell by
 PRUNE_RATIO = "prune_ratio"  # the knob that tells a device what share of its units must be gone
@@ -46,6 +48,8 @@ class Seen:
     seconds: float
     out_of_memory: bool
     keep: Keep
+    examples: int = 0
+    scores: Mapping[str, Array] = field(default_factory=dict)  # of its units, where it was asked for them
     measured: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -65,8 +69,8 @@ class Standing:
 def noted(updates: Iterable[Update], spec: ModelSpec, seen: list[Seen]) -> Iterator[Update]:
     """The updates that carry tensors; `seen` gets a line for each of them, and for each that ran out of memory."""
     for update in updates:
-        terms = update.payload.factors.values()
-        oom = update.cost.out_of_memory
+        payload, scores = split(update.payload)
+        terms, oom = payload.factors.values(), update.cost.out_of_memory
         seen.append(
             Seen(
                 device=update.device,
@@ -76,12 +80,14 @@ def noted(updates: Iterable[Update], spec: ModelSpec, seen: list[Seen]) -> Itera
                 drop=update.metrics.get(DROP, 0.0),
                 seconds=update.cost.seconds,
                 out_of_memory=oom,
-                keep=update.payload.keep,
+                keep=payload.keep,
+                examples=update.examples,
+                scores=scores,
                 measured=update.metrics,
             )
         )
         if not oom:
-            yield update
+            yield replace(update, payload=payload)
 
 
 def underlying(options: MergeOptions, rank_cap: int, *, error_feedback: bool, partial: bool = False) -> Fedloom:
@@ -99,13 +105,28 @@ def underlying(options: MergeOptions, rank_cap: int, *, error_feedback: bool, pa
 
 
 def merge(strategy: Fedloom, state: State, updates: Iterable[Update]) -> tuple[State, list[Seen]]:
-    """The state with what carries tensors merged (as it was, where all ran out of memory), and a line per update."""
-    seen: list[Seen] = []
-    sound = noted(updates, spec_of(state), seen)
-    first = next(sound, None)
-    if first is None and seen:
+    """The state with what carries tensors merged, and a line per update.
+
+    Where some ran out of memory and none of the others trained on an example, the state is as it was.
+
+    Raises:
+        ValueError: when no update carries an example and none ran out, or one contradicts the model's spec.
+    """
+    spec, seen = spec_of(state), list[Seen]()
+    sound = noted(updates, spec, seen)
+    first = _first_that_weighs(sound, spec, partial=strategy.partial)
+    if first is None and any(one.out_of_memory for one in seen):
         return state, seen
     return strategy.aggregate(state, chain([first] if first else [], sound)), seen
+
+
+def _first_that_weighs(updates: Iterator[Update], spec: ModelSpec, *, partial: bool) -> Update | None:
+    """The next update with examples; those before it are held against the spec, and nothing of them is merged."""
+    for update in updates:
+        if update.examples:
+            return update
+        check_update(update, spec, masked=True, partial=partial)
+    return None
 
 
 def told_shapes(spec: ModelSpec) -> Shapes:

@@ -10,7 +10,6 @@ from fedloom.strategies.base import State, Strategy
 from fedloom.strategies.fedpipe import Allocation, FedPipe
 from fedloom.strategies.fedspine import FedSpine
 from fedloom.strategies.packing import spec_of
-from fedloom.strategies.sparsity import cubic
 from fedloom.strategies.unequal import MEASURE, PRUNE_RATIO, most_rank
 
 
@@ -26,11 +25,8 @@ def why(strategy: Strategy, state: State, report: DeviceReport, task: Task) -> s
 
 
 def schedule(strategy: Strategy, round: int) -> tuple[float, float] | None:
-    """The slow and the fast way to fedspine's target, between which a ratio of this round is free; None for others."""
-    if not isinstance(strategy, FedSpine):
-        return None
-    slow = strategy.target * min(round / strategy.ramp, 1.0) ** 3
-    return slow, cubic(round, strategy.ramp, strategy.target)
+    """The least and the most that fedspine's schedule lets a device prune by this round; None for others."""
+    return strategy.room(round) if isinstance(strategy, FedSpine) else None
 
 
 def _spine(strategy: FedSpine, state: State, report: DeviceReport, task: Task) -> str:

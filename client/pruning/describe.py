@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from fedloom.client.pruning.cut import Cut, logical, mixes_positions, touched
 from fedloom.client.pruning.proof import prove
-from fedloom.client.pruning.structure import Group, GroupKind, Structure
+from fedloom.client.pruning.structure import Group, Structure
 from fedloom.protocols.messages import Axis
+from fedloom.strategies.choosing import GroupKind
 
 
 @dataclass(kw_only=True)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fedloom.client.data import Batch
 from fedloom.client.lora import ADAPTER
-from fedloom.client.pruning.choosing import choose_keep
 from fedloom.client.pruning.cut import linears, logical, plain
 from fedloom.client.pruning.importance import by_unit
 from fedloom.client.pruning.structure import Structure, kept
 from fedloom.client.training import forward_logits
 from fedloom.protocols.validate import check_keep
+from fedloom.strategies.choosing import choose_keep
 from fedloom.strategies.masked import Bits, Keep
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ A [r, d_in]; g_B and g_A of the same shapes; units of a group as they stand in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +24,6 @@ from fedloom.client.lora import ADAPTER, Adapters
 from fedloom.client.pruning.cut import logical, plain
 from fedloom.client.pruning.narrowing import Prunable
 from fedloom.protocols.messages import Axis
-
-Scores = Mapping[str, NDArray[np.float64]]
-"""[units] by group: the larger, the more a unit matters."""
 
 DECAY = 0.9
 CHUNK = 2**21  # entries of g that exist at once

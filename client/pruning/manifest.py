@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.client.pruning.structure import Group, GroupKind, Structure
+from fedloom.client.pruning.structure import Group, Structure
 from fedloom.protocols.messages import Axis
+from fedloom.strategies.choosing import GroupKind
 from fedloom.strategies.masked import Bits, Keep
 
 MANIFEST = "manifest.json"

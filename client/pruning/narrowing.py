@@ -22,9 +22,10 @@ from fedloom.client.lora import ADAPTER
 from fedloom.client.mapped import set_aside
 from fedloom.client.pruning.cut import linears, plain
 from fedloom.client.pruning.proof import set_attributes
-from fedloom.client.pruning.structure import Structure, kept, whole
+from fedloom.client.pruning.structure import Structure, kept
 from fedloom.protocols.messages import Axis
 from fedloom.protocols.validate import check_keep
+from fedloom.strategies.choosing import whole
 from fedloom.strategies.masked import Bits, Keep, pruned
 
 if TYPE_CHECKING:

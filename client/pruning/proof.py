@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fedloom.client.pruning.cut import Cut
-from fedloom.client.pruning.structure import Group, GroupKind, kept
+from fedloom.client.pruning.structure import Group, kept
+from fedloom.strategies.choosing import GroupKind
 from fedloom.strategies.masked import Bits, Keep
 
 _COUNTS = {

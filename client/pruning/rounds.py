@@ -1,9 +1,11 @@
 """What a device does with a task on a pruned model: settle what to keep, cut the model to it, and remember why.
 
 A task's start carries the units that the device may keep; its knob `prune_ratio` says what share of all must be gone.
-What goes is chosen by the importance that the device measured while it trained last (importance.py), or, when it never
-did, by the fluctuation of what a few of its own texts make each unit say (fluctuation.py), with biases that make up
-for the loss. The scores and biases are the device's own state; they never leave it.
+Where the units that it may keep are few enough already, the server chose. Else what goes is chosen by the importance
+that the device measured while it trained last (importance.py), or, when it never did, by the fluctuation of what a few
+of its own texts make each unit say (fluctuation.py), with biases that make up for the loss. The scores and biases are
+the device's own state; only a task that asks for the scores gets them. A device that was pruned and lost them looks at
+the whole model again, whose other units are without what it was not sent of their patch.
 """
 
 from __future__ import annotations
@@ -18,16 +20,15 @@ from torch import Tensor
 
 from fedloom.client.data import Batch, Dataset
 from fedloom.client.model import Resident
-from fedloom.client.pruning.choosing import choose_keep
 from fedloom.client.pruning.fluctuation import calibrate, fluctuation_scores, recovery
-from fedloom.client.pruning.importance import Importance, Scores
+from fedloom.client.pruning.importance import Importance
 from fedloom.client.pruning.narrowing import apply_keep
 from fedloom.client.store import Held
 from fedloom.client.training import forward_logits, loss_sum, read_knobs
 from fedloom.protocols.messages import Array, Kind, Payload, Task
 from fedloom.protocols.validate import check_keep
+from fedloom.strategies.choosing import Scores, choose_keep, gone, wanted
 from fedloom.strategies.masked import Bits, Keep, slice_payload
-from fedloom.strategies.sparsity import pruned_share
 from fedloom.strategies.unequal import PRUNE_RATIO
 
 CALIBRATION, BATCH = 32, 4  # texts that a start without training looks at, and how many at a time at most
@@ -87,7 +88,8 @@ def settle(
     structure, allowed = resident.prunable.structure, task.start.keep
     check_keep("task.start.keep", allowed, structure.units)
     ratio, keep = asked_ratio(task), dict(allowed)
-    if ratio > pruned_share(allowed, structure.units):
+    left = gone(structure, allowed)
+    if any(count > left[kind] for kind, count in wanted(structure, ratio).items()):
         scores = memory.scores
         if not scores:
             _cut(resident, {}, {}, held, task)

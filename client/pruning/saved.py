@@ -28,8 +28,9 @@ from fedloom.client.pruning.cut import linears
 from fedloom.client.pruning.manifest import MANIFEST, WEIGHTS, Manifest, hash_file, read_manifest, write_manifest
 from fedloom.client.pruning.narrowing import Prunable
 from fedloom.client.pruning.proof import set_attributes
-from fedloom.client.pruning.structure import kept, whole
+from fedloom.client.pruning.structure import kept
 from fedloom.protocols.validate import check_keep
+from fedloom.strategies.choosing import whole
 from fedloom.strategies.masked import Keep
 
 

@@ -11,20 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.protocols.messages import Axis, ModelSpec
-from fedloom.strategies.masked import Bits, Keep, side
-
-
-class GroupKind(StrEnum):
-    """What a group's units are."""
-
-    ATTENTION = "attention"  # key-value heads with their query heads
-    FFN = "ffn"  # channels between two layers of a feed-forward network
+from fedloom.strategies.choosing import GroupKind
+from fedloom.strategies.masked import Keep, side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +63,6 @@ def with_structure(spec: ModelSpec, structure: Structure) -> ModelSpec:
         name: replace(size, rows=rows.get(name), columns=columns.get(name)) for name, size in spec.matrices.items()
     }
     return replace(spec, matrices=matrices, groups=structure.units)
-
-
-def whole(keep: Keep, units: Mapping[str, int]) -> dict[str, Bits]:
-    """A keep with every group named."""
-    return {name: keep[name] if name in keep else np.ones(count, np.bool_) for name, count in units.items()}
 
 
 def kept(axis: Axis | None, size: int, keep: Keep) -> NDArray[np.int64] | None:

@@ -14,8 +14,9 @@ from prunings import DECODERS, KINDS, make_model
 from fedloom.client.lora import Adapters, find_targets
 from fedloom.client.model import hash_state
 from fedloom.client.pruning.describe import describe
-from fedloom.client.pruning.structure import GroupKind, Structure, kept, with_structure
+from fedloom.client.pruning.structure import Structure, kept, with_structure
 from fedloom.protocols.messages import Axis, ModelSpec
+from fedloom.strategies.choosing import GroupKind
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

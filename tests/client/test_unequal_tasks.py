@@ -12,6 +12,7 @@ import pytest
 import torch
 from prunings import make_resident
 
+from fedloom.client import store as store_module
 from fedloom.client.adjusting import listening
 from fedloom.client.cost import held
 from fedloom.client.data import Example
@@ -20,18 +21,22 @@ from fedloom.client.evaluation import evaluate
 from fedloom.client.model import Resident, load_model
 from fedloom.client.pruning.narrowing import apply_keep, masked
 from fedloom.client.pruning.rounds import remembered
-from fedloom.client.starting import starting_payload
-from fedloom.client.store import DeviceStore
+from fedloom.client.starting import pruned_start, starting_payload
+from fedloom.client.store import DeviceStore, StaleVersion
 from fedloom.client.training import tune
 from fedloom.protocols import config
+from fedloom.protocols.codec import decode, encode
 from fedloom.protocols.initial import initial_a
 from fedloom.protocols.messages import Kind, LowRank, Patch, Payload, Start, Task, Update
 from fedloom.server.intake import check_update
 from fedloom.simulations.fleet import EMBEDDED_MODEL
 from fedloom.strategies.base import Workload
+from fedloom.strategies.choosing import choose_keep
 from fedloom.strategies.cost import memory
-from fedloom.strategies.masked import check_within, scatter_payload
+from fedloom.strategies.masked import check_within, indices, scatter_payload, slice_patch, slice_payload
+from fedloom.strategies.patchlog import PatchLog, size
 from fedloom.strategies.sparsity import narrowed, pruned_share
+from fedloom.strategies.unit_order import UNIT_SCORES, split
 
 RATIO = 0.25
 KNOBS: dict[str, Any] = {"steps": 3, "lr": 0.01, "batch_size": 2}
@@ -55,14 +60,12 @@ def pruning(resident: Resident, ratio: float = RATIO, keep: Any = None, **fields
 
 
 def patch_for(resident: Resident, version: int = 1, since: int = 0) -> Patch:
-    """Moves every matrix, and every head parameter."""
+    """Moves every matrix, along right singular vectors as a server's deltas do, and every head parameter."""
     spec = resident.spec
-    factors = {
-        name: LowRank(
-            b=initial_a(version, f"{name}/b", size.d_out, 3), a=initial_a(version, name, 3, size.d_in), alpha=3.0
-        )
-        for name, size in spec.matrices.items()
-    }
+    factors = {}
+    for name, matrix in spec.matrices.items():
+        a = np.linalg.qr(initial_a(version, name, 3, matrix.d_in).T.astype(np.float64))[0].T.astype(np.float32)
+        factors[name] = LowRank(b=initial_a(version, f"{name}/b", matrix.d_out, 3) * 0.6, a=a, alpha=3.0)
     dense = {name: np.full(shape, 0.01, np.float32) for name, shape in spec.dense.items()}
     return Patch(base_hash=spec.base_hash, since=since, version=version, payload=Payload(factors=factors, dense=dense))
 
@@ -86,13 +89,14 @@ def resident(
 
 @pytest.fixture
 def make(tmp_path: Path, examples: list[Example]) -> Make:
-    def made(resident: Resident, name: str = "a", **fields: Any) -> Device:
+    def made(resident: Resident, name: str = "a", folder: str = "", **fields: Any) -> Device:
+        folder = folder or name
         return Device(
             name,
             resident=resident,
             train=fields.pop("train", examples),
             test=fields.pop("test", examples),
-            store=DeviceStore(tmp_path / name / "patches", tmp_path / name / "state"),
+            store=DeviceStore(tmp_path / folder / "patches", tmp_path / folder / "state"),
             rank=8,
             data_config=config.Data(),
             eval_config=config.Evaluation(),
@@ -139,6 +143,82 @@ def test_training_a_pruned_model_is_training_a_masked_one(resident: Resident, ma
     for name, term in got.factors.items():
         np.testing.assert_allclose(term.b, wanted[name].b, atol=2e-5, err_msg=name)
     resident.base.restore()
+
+
+@pytest.mark.parametrize("wire", ["fp32", "fp16"])
+def test_a_device_that_is_sent_slices_answers_as_one_that_is_sent_all(
+    resident: Resident, make: Make, wire: str
+) -> None:
+    """To the last bit, over rounds that prune further, one that it missed, a restart and a lost record of its units."""
+    spec, log = resident.spec, PatchLog(spec=resident.spec)
+    mine, twin = (make(resident, folder=folder) for folder in ("mine", "twin"))
+    keep, version, sizes = all_units(resident), 0, []
+    for round, ratio in enumerate((0.1, 0.2, 0.2, 0.3, 0.35), start=1):
+        log = log.push(patch_for(resident, round).payload)
+        if round == 3:
+            continue
+        if round == 4:
+            store_module._cache.clear()
+            mine = make(resident, folder="mine")
+        patch = log.since(version)
+        sliced = slice_patch(patch, spec, keep)
+        assert patch is not None
+        assert sliced is not None
+        sizes.append(size(sliced.payload) / size(patch.payload))
+        answers = []
+        for device, sent in ((mine, sliced), (twin, patch)):
+            known = 0 if round == 1 else device.hello().report.state_round
+            training = pruning(resident, ratio, keep, patch=sent, round=round, state_round=known)
+            trained = device.handle(decode(encode(training, wire=wire), Task, limit=1 << 26))
+            stay = replace(sent, since=round, payload=Payload())
+            judging = pruning(resident, ratio, trained.payload.keep, patch=stay, kind=Kind.EVALUATE, round=round,
+                              state_round=round, start_from=Start.FRESH)  # fmt: skip
+            answers.append((content(trained), content(device.handle(judging))))
+        assert answers[0] == answers[1]
+        keep, version = trained.payload.keep, round
+    assert sizes[0] == 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.9
+
+
+def test_a_pruned_adapter_starts_along_what_is_kept_of_singular_vectors(resident: Resident) -> None:
+    """As the whole one does, cut: what a slice lacks cannot count. A row that keeps nothing is left random."""
+    spec = resident.spec
+    keep = {group: np.arange(count) % 3 > 0 for group, count in spec.groups.items()}
+    task, warm = pruning(resident, 0.0, keep=keep, rank=4), _warm(resident)
+    whole = slice_payload(starting_payload(plain(start_from=Start.PATCH, rank=4), spec, warm, None), spec, keep)
+    random = slice_payload(starting_payload(plain(rank=4), spec, {}, None), spec, keep)
+    for name, term in pruned_start(task, spec, warm, keep).factors.items():
+        np.testing.assert_allclose(term.a, whole.factors[name].a, atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(term.a[3:], random.factors[name].a[3:])
+        assert not term.b.any()
+    columns = {name: indices(matrix.columns, keep, matrix.d_in) for name, matrix in spec.matrices.items()}
+    cut = {name: np.zeros_like(rows) for name, rows in warm.items()}
+    for name, rows in warm.items():
+        cut[name][:, columns[name]] = rows[:, columns[name]]
+        cut[name][1] = 0
+    one, other = (pruned_start(task, spec, rows, keep).factors for rows in (cut, warm))
+    for name, term in one.items():
+        np.testing.assert_array_equal(term.a[[0, 2, 3]], other[name].a[[0, 2, 3]])
+        np.testing.assert_array_equal(term.a[1], random.factors[name].a[1])
+    long = pruned_start(task, spec, {name: 100 * rows for name, rows in warm.items()}, keep).factors
+    assert all(np.linalg.norm(term.a[:3], axis=1).max() < 0.6 for term in long.values())
+    fresh = pruned_start(replace(task, start_from=Start.FRESH), spec, warm, keep).factors
+    for name, term in fresh.items():
+        np.testing.assert_array_equal(term.a, random.factors[name].a)
+
+
+def test_a_device_that_lost_its_record_looks_at_what_it_was_sent(resident: Resident, make: Make) -> None:
+    device = make(resident)
+    first = device.handle(pruning(resident, patch=patch_for(resident)))
+    patch = slice_patch(patch_for(resident, 2, 1), resident.spec, first.payload.keep)
+    task = pruning(resident, 0.4, keep=first.payload.keep, patch=patch, round=2, state_round=0)
+    update = device.handle(task)
+    check_update(update, task, resident.spec)
+    check_within("test", update.payload.keep, first.payload.keep)
+    with pytest.raises(StaleVersion, match=r"must build on the base \(0\)") as caught:
+        device.handle(plain(patch=patch_for(resident, 3, 2)))
+    assert caught.value.version == 0
 
 
 def _warm(resident: Resident) -> dict[str, Any]:
@@ -189,6 +269,33 @@ def test_importance_and_biases_are_remembered(resident: Resident, make: Make) ->
     assert content(device.handle(task)) == content(lost)
     share = pruned_share(lost.payload.keep, resident.spec.groups)
     assert share == pytest.approx(pruned_share(second.payload.keep, resident.spec.groups))
+
+
+def test_a_server_that_chose_the_units_is_followed_and_told_their_scores_where_it_asks(
+    resident: Resident, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(4)
+    assert resident.prunable is not None
+    structure = resident.prunable.structure
+    scores = {name: rng.uniform(size=count) for name, count in structure.units.items()}
+    keep = choose_keep(structure, scores, RATIO)
+
+    def never(*_: object) -> None:
+        raise AssertionError("nothing is left to choose")
+
+    monkeypatch.setattr("fedloom.client.pruning.rounds.calibrate", never)
+    asking = pruning(resident, keep=keep, knobs={**KNOBS, "prune_ratio": RATIO, UNIT_SCORES: True})
+    update = make(resident).handle(asking)
+    check_update(update, asking, resident.spec)
+    for name, bits in keep.items():
+        np.testing.assert_array_equal(update.payload.keep.get(name, np.ones(len(bits), np.bool_)), bits)
+    payload, told = split(update.payload)
+    assert told.keys() == structure.units.keys()
+    assert all((told[name][bits] > 0).any() for name, bits in keep.items())
+    silent = make(resident).handle(pruning(resident, keep=keep))
+    assert split(silent.payload) == (silent.payload, {})
+    for name, term in silent.payload.factors.items():
+        np.testing.assert_array_equal(term.b, payload.factors[name].b)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.strategies.bandit import Arm, BanditState, Box, DiscountedUCB, FixedArm, Limits, RandomArm
-from fedloom.strategies.bandit_reward import Reward, best_fixed, idle_seconds, regret
+from fedloom.strategies.bandit import Arm, BanditState, Box, DiscountedUCB, Limits
+from fedloom.strategies.bandit_baselines import FixedArm, RandomArm
+from fedloom.strategies.bandit_reward import Reward, best_fixed, regret
 
 BOX = Box(max_ratio=0.8, max_rank=64)
 POLICIES = {
@@ -212,6 +213,61 @@ def test_regret_grows_sublinearly_and_below_random_and_fixed(drift):
     assert np.polyfit(np.log(t), np.log(random[t]), 1)[0] > 0.9
 
 
+def taught(policy, rounds, devices=8, good=lambda arm: 4 <= arm.rank <= 12):
+    """A fleet's bandit after rounds in which an arm earned 0.9 where `good`, else 0.1."""
+    fleet = policy.init("", 0)
+    for t in range(rounds):
+        evidence = policy.evidence(fleet, t)
+        for device in range(devices):
+            arm = policy.choose(policy.init(f"d{device}", 0), t, Limits(), evidence)
+            fleet = policy.observe(fleet, t, arm, 0.9 if good(arm) else 0.1)
+    return fleet
+
+
+def test_a_new_device_starts_from_what_the_fleet_knows():
+    policy = DiscountedUCB(box=BOX)
+    evidence = policy.evidence(taught(policy, 12), 12)
+    told = [policy.choose(policy.init(f"new{i}", 1), 12, Limits(), evidence).rank for i in range(40)]
+    alone = [policy.choose(policy.init(f"new{i}", 1), 12, Limits()).rank for i in range(40)]
+    assert sum(4 <= rank <= 12 for rank in told) > 30
+    assert sum(4 <= rank <= 12 for rank in alone) < 20
+
+
+def test_a_devices_own_arms_outweigh_the_fleets():
+    policy = DiscountedUCB(box=BOX)
+    evidence = policy.evidence(taught(policy, 12), 12)
+    state = policy.init("odd", 3)
+    for t in range(12, 40):
+        arm = policy.choose(state, t, Limits(), evidence)
+        state = policy.observe(state, t, arm, 0.9 if arm.rank > 24 else 0.1)
+    assert np.mean(state.ranks[-10:] > 24) >= 0.8
+
+
+def test_bounds_with_a_fleet_are_the_equation():
+    policy = DiscountedUCB(box=BOX, cells=(2, 1), split=False, prior=0.5, share=0.25, most=1.5, exploration=0.2)
+    fleet, state = policy.init("", 0), policy.init("d", 0)
+    for reward in (0.2, 0.4, 0.6):
+        fleet = policy.observe(fleet, 1, Arm(ratio=0.1, rank=4), reward)
+    for _ in range(20):
+        fleet = policy.observe(fleet, 1, Arm(ratio=0.7, rank=4), 0.3)
+    state = policy.observe(state, 1, Arm(ratio=0.1, rank=9), 1.0)
+    low, high = policy.indices(state, 2, policy.evidence(fleet, 2))
+    own, others, far = 0.98, 0.25 * 3 * 0.98, 1.5  # the second is cut from 0.25 x 20 x 0.98
+    spread = 2 * math.log(own + others + far)
+    assert low == pytest.approx((own * 1.0 + others * 0.4) / (own + others) + 0.2 * math.sqrt(spread / (own + others)))
+    assert high == pytest.approx(0.3 + 0.2 * math.sqrt(spread / far))
+    lone = policy.indices(state, 2, policy.evidence(policy.init("", 0), 2))
+    np.testing.assert_array_equal(lone, policy.indices(state, 2))
+
+
+def test_a_bandit_remembers_its_newest_arms_alone(monkeypatch):
+    monkeypatch.setattr("fedloom.strategies.bandit.REMEMBERED", 5)
+    state = RandomArm(box=BOX).init("d", 0)
+    for rank in range(1, 9):
+        state = DiscountedUCB(box=BOX).observe(state, 3, Arm(ratio=0.1, rank=rank), 0.5)
+    np.testing.assert_array_equal(state.ranks, [4, 5, 6, 7, 8])
+
+
 @given(st.floats(-2, 3), st.floats(0, 1), st.floats(0.01, 50), st.floats(0.01, 50), st.floats(0, 4))
 def test_a_reward_is_the_equation_within_its_bounds(drop, progress, seconds, median, rho):
     value = Reward(rho=rho, scale=2.0)(drop, progress, seconds, median)
@@ -235,8 +291,6 @@ def test_regret_and_idle_time():
     means = np.array([[0.5, 1.0, 0.9], [0.5, 0.0, 0.6], [0.5, -np.inf, 0.2]])
     assert best_fixed(means) == 2
     np.testing.assert_allclose(regret(means, np.array([0.5, 0.6, 0.0])), [0.4, 0.4, 0.6])
-    assert idle_seconds(np.array([1.0, 4.0, 2.0])) == 5.0
-    assert idle_seconds(np.zeros(0)) == 0.0
     with pytest.raises(ValueError, match="an arm must fit in every round"):
         regret(np.full((2, 2), -np.inf), np.zeros(2))
     with pytest.raises(ValueError, match=r"means must be \[T, A\]"):
@@ -250,6 +304,7 @@ def test_nonsense_is_refused():
         (lambda: Box(max_ratio=0), r"max_ratio must be in \(0, 1\]"),
         (lambda: DiscountedUCB(discount=1.1), r"discount and theta must be in \(0, 1\], got 1\.1"),
         (lambda: DiscountedUCB(split_after=0), "split_after and cells >= 1"),
+        (lambda: DiscountedUCB(share=1.5), r"share must be in \[0, 1\], got 1\.5"),
         (lambda: FixedArm(ratio=0.9, rank=1), "ratio and rank must be in"),
         (lambda: Reward(scale=0), "scale must be > 0"),
         (lambda: Reward()(0.1, 2.0, 1.0, 1.0), r"progress must be in \[0, 1\] and seconds > 0, got 2\.0"),

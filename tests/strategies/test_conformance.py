@@ -22,12 +22,14 @@ from conformance_cases import (
     same,
     spec_for,
 )
+from pruned_fleet import covered
 from safetensors.numpy import load, save
 from toy_fleet import SPEC, answer, answers, close, dense_of, merge, noise_payload, reports, update_of
 
 from fedloom.protocols.messages import Kind, LowRank, MatrixSpec, ModelSpec, Payload, Start
 from fedloom.strategies.base import State, Strategy
 from fedloom.strategies.ffa import drop_a, fill_a
+from fedloom.strategies.masked import scatter_payload
 from fedloom.strategies.registry import names
 
 
@@ -54,17 +56,22 @@ def test_tasks_ask_each_device_for_what_it_can_do(case):
 
 @pytest.mark.parametrize("case", MERGING)
 def test_evaluation_is_of_the_full_global_model(case):
+    """Of all that a device keeps of it, where it is pruned."""
     strategy, devices, state, _ = begin(case)
     late = [replace(d, version=0) for d in devices]
     for task in strategy.plan_evaluation(state, late, 2):
-        got = dense_of(Payload())
+        got, spec = dense_of(Payload()), spec_for(case)
         if task.patch is not None:
             assert task.patch.since == 0
-            got = merge(got, task.patch.payload)
+            got = merge(got, scatter_payload(task.patch.payload, spec))
         start = task.start
         if task.shared_a_seed is not None:
             start = fill_a(start, task.shared_a_seed, SPEC)
-        close(merge(got, start), model(strategy, state), 1e-6)
+        wanted = model(strategy, state)
+        for name, matrix in spec.matrices.items():
+            wanted[name] *= covered(matrix.rows, task.start.keep, matrix.d_out)[:, None]
+            wanted[name] *= covered(matrix.columns, task.start.keep, matrix.d_in)[None, :]
+        close(merge(got, start), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("case", MERGING)
@@ -129,7 +136,7 @@ def test_dtype_follows_the_updates(case, dtype):
 
 def of_the_model(state):
     """The tensors that devices' updates went into."""
-    return {name: x for name, x in state.tensors.items() if not name.startswith("standing/")}
+    return {name: x for name, x in state.tensors.items() if not name.startswith(("standing/", "fleet/", "order/"))}
 
 
 @pytest.mark.parametrize("case", sorted(SEEDS))

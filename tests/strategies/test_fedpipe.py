@@ -194,6 +194,13 @@ def test_a_bound_is_learned_where_memory_ran_out():
     alone = strategy.aggregate(state, [ran_out(tasks[1])])
     assert alone.version == state.version
     assert strategy.catch_up(alone, 0) is not None
+    idle = replace(measured(tasks[0]), examples=0)
+    for updates in ([ran_out(tasks[1]), idle], [idle, ran_out(tasks[1])]):
+        after = strategy.aggregate(state, updates)
+        assert after.version == state.version
+        assert after.meta["pipes"]["d1"]["bound"] == pytest.approx(0.95 * tasks[1].knobs[NEED])
+    with pytest.raises(ValueError, match="at least one example, got none"):
+        strategy.aggregate(state, [idle])
 
 
 def test_a_device_that_runs_out_at_everything_gets_no_task_and_stops_nobody():

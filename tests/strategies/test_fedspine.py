@@ -17,6 +17,8 @@ from fedloom.strategies.bandit_reward import Reward
 from fedloom.strategies.base import Scaling, State, Workload
 from fedloom.strategies.cost import memory
 from fedloom.strategies.fedspine import FedSpine
+from fedloom.strategies.masked import covers, scatter_payload, slice_payload
+from fedloom.strategies.patchlog import size
 from fedloom.strategies.registry import build
 from fedloom.strategies.sparsity import cubic, narrowed
 from fedloom.strategies.unequal import DROP, PRUNE_RATIO, standing_of
@@ -131,6 +133,29 @@ def test_an_impossible_floor_names_the_device_and_its_smallest_need():
         strategy.plan(state, reports([0]), 1)
 
 
+def test_nobody_prunes_more_than_its_memory_needs_before_units_are_known():
+    lent = int(spine().need(SPEC, 0.1, 4))
+    for masks, most in (("fleet", 0.3 / 4**3), ("own", cubic(1, 4, 0.3))):
+        strategy = spine(masks=masks)
+        assert strategy.room(1)[1] == pytest.approx(most)
+        assert strategy.room(2)[1] == cubic(2, 4, 0.3)
+        state = strategy.init(SPEC, 0)
+        devices = fleet([0, 0, lent, lent], state, (2, 4, 8, 8))
+        asked = [task.knobs[PRUNE_RATIO] for task in strategy.plan(state, devices, 1)]
+        assert max(asked[:2]) <= most
+        assert masks == "own" or min(asked[2:]) > most
+
+
+def test_small_ranks_are_for_those_that_no_larger_one_fits():
+    strategy = spine(min_rank=3, max_rank=8)
+    state = strategy.init(SPEC, 0)
+    small = int(strategy.need(SPEC, 0.3, 2))
+    for round in range(1, 7):
+        tasks = strategy.plan(state, fleet([0, small, 0, 0], state, (8, 8, 8, 2)), round)
+        assert [task.rank >= 3 for task in tasks] == [True, False, True, False]
+        state = strategy.aggregate(state, answered(tasks, np.random.default_rng(round)))
+
+
 def test_ranks_stop_at_the_smallest_matrix():
     state = spine().init(SPEC, 0)
     most = {task.rank for seed in range(20) for task in spine(policy="random").plan(
@@ -209,7 +234,7 @@ def test_rewards_are_the_equation_against_the_median(left_out):
         {
             "time": left_out.get("reward_time", True),
             "rho": left_out.get("rho", 1.0),
-            "scale": left_out.get("loss_scale", 1.0),
+            "scale": left_out.get("loss_scale", 2.0) * 0.3,  # the median of the three drops
         }
     )
     for update in updates[:3]:
@@ -221,7 +246,7 @@ def test_rewards_are_the_equation_against_the_median(left_out):
         assert (bandit.ratios[-1], bandit.ranks[-1]) == (pytest.approx(ratio), tasks[int(update.device[1])].rank)
     if not left_out:
         drop, ratio = 0.3, standing_of(after, "d0").ratio
-        by_hand = drop * (1 + ratio / 0.3) / 2 / (1 + 1.5 / 2.5)
+        by_hand = drop / 0.6 * (1 + ratio / 0.3) / 2 / (1 + 1.5 / 2.5)
         assert standing_of(after, "d0").bandit.rewards[-1] == pytest.approx(by_hand)
     assert standing_of(after, "d3").bandit.rewards[-1] == 0.0
 
@@ -267,6 +292,34 @@ def test_evaluation_is_of_each_device_as_it_stands():
     assert strategy.plan_evaluation(strategy.init(SPEC, 0), [newcomer], 0)[0].knobs[PRUNE_RATIO] == 0.0
 
 
+def test_a_device_is_sent_its_slice_of_what_it_missed():
+    """At every version that it may hold, to train and to evaluate; one that never pruned shares the whole patch."""
+    strategy = spine(ramp=2)
+    _, states = play(strategy, 4)
+    state = states[-1]
+    for missed in (1, 2, 4):
+        whole = strategy.catch_up(state, 4 - missed)
+        newcomers = [replace(report, device=f"new {report.device}") for report in reports([2, 2])]
+        devices = [replace(report, version=4 - missed) for report in [*reports(RANKS), *newcomers]]
+        for plan in (strategy.plan, strategy.plan_evaluation):
+            *pruned_ones, first, second = plan(state, devices, 5)
+            for task in pruned_ones:
+                wanted = slice_payload(whole.payload, SPEC, standing_of(state, task.device).keep)
+                got = task.patch.payload
+                assert (task.patch.since, task.patch.version) == (whole.since, 4)
+                assert list(got.factors) == list(wanted.factors)
+                assert size(got) == size(wanted) < 0.9 * size(whole.payload)
+                close(dense_of(scatter_payload(got, SPEC), SPEC), dense_of(scatter_payload(wanted, SPEC), SPEC), 0.0)
+                for group, bits in standing_of(state, task.device).allowed(SPEC).items():
+                    np.testing.assert_array_equal(got.keep[group], bits)
+                assert covers(got.keep, task.start.keep)  # to do it with less is not to have answered yet
+            assert first.patch.payload is second.patch.payload
+            assert not first.patch.payload.keep
+            close(dense_of(first.patch.payload, SPEC), dense_of(whole.payload, SPEC), 0.0)
+    for task in strategy.plan(state, reports(RANKS, version=4), 5):
+        assert (task.patch.since, task.patch.version, bool(task.patch.payload)) == (4, 4, False)
+
+
 def test_names_with_slashes_are_told_apart():
     strategy, names = spine(ramp=1), ["a", "a/b", "a/keep", ""]
     state = strategy.init(SPEC, 0)
@@ -301,9 +354,28 @@ def test_models_that_cannot_be_pruned_are_refused():
     for options, message in (
         ({"target": 1.0}, r"target must be in \(0, 1\) and ramp >= 1, got 1\.0"),
         ({"ramp": 0}, "ramp >= 1, got .* and 0"),
-        ({"fixed_rank": 33}, r"fixed_rank must be in 1\.\.max_rank, got 33 and 32"),
+        ({"fixed_rank": 33}, r"fixed_rank must be in 1\.\.max_rank, got 33 and 16"),
         ({"loss_scale": 0.0}, "scale must be > 0"),
         ({"discount": 0.0}, r"discount and theta must be in \(0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             build("fedspine", options, Scaling())
+
+
+def test_answers_of_no_examples_beside_one_that_ran_out_change_nothing_but_what_is_learned():
+    strategy = spine()
+    _, states = play(strategy, 2)
+    state = states[-1]
+    tasks = strategy.plan(state, fleet([0] * 4, state), 3)
+    idle = [replace(update, examples=0) for update in answered(tasks[1:], np.random.default_rng(0))]
+    for updates in ([ran_out(tasks[0]), *idle], [*idle, ran_out(tasks[0])]):
+        after = strategy.aggregate(state, updates)
+        assert after.version == state.version
+        close(dense_of(strategy.adapter(after), SPEC), dense_of(strategy.adapter(state), SPEC), 0.0)
+        arm = strategy.need(SPEC, tasks[0].knobs[PRUNE_RATIO], tasks[0].rank)
+        assert standing_of(after, "d0").bandit.memory_bound == arm
+    with pytest.raises(ValueError, match="at least one example, got none"):
+        strategy.aggregate(state, idle)
+    torn = replace(idle[0], payload=replace(idle[0].payload, factors={}))
+    with pytest.raises(ValueError, match="must carry each adapted module once"):
+        strategy.aggregate(state, [torn, ran_out(tasks[0])])

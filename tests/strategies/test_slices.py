@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -18,18 +19,25 @@ from pruned_fleet import (
     answers,
     bits,
     covered,
-    dense_of_whole,
     keeps,
 )
-from toy_fleet import close, noise_payload, reports, update_of
+from toy_fleet import noise_payload, reports, update_of
 
-from fedloom.protocols.messages import MatrixSpec, ModelSpec, Patch, Payload, Scalars, Start, Task
+from fedloom.protocols.codec import decode, encode
+from fedloom.protocols.messages import Axis, MatrixSpec, ModelSpec, Patch, Payload, Scalars, Start, Task
 from fedloom.strategies import masked
 from fedloom.strategies.base import Scaling
 from fedloom.strategies.intake import check_update
-from fedloom.strategies.lowrank import add
-from fedloom.strategies.masked import MaskedAccumulator, pruned, scatter_payload, slice_payload, slice_term
+from fedloom.strategies.masked import (
+    MaskedAccumulator,
+    pruned,
+    scatter_payload,
+    slice_patch,
+    slice_payload,
+    slice_term,
+)
 from fedloom.strategies.packing import spec_from_meta, spec_to_meta
+from fedloom.strategies.patchlog import size
 from fedloom.strategies.registry import build
 
 
@@ -126,8 +134,12 @@ def test_what_cannot_be_sliced_or_scattered_is_refused():
         slice_term(mine.factors["qkv"], SPEC.matrices["qkv"], HALF)
     with pytest.raises(ValueError, match="a pruned term must have b"):
         MaskedAccumulator(SPEC.matrices["qkv"]).add(whole.factors["qkv"], 1.0, HALF)
-    with pytest.raises(ValueError, match="must keep the same units"):
-        masked.add_slices(mine, slice_payload(whole, SPEC, {"heads": np.arange(4) < 2}), SPEC)
+    with pytest.raises(ValueError, match="must be of the whole model"):
+        slice_patch(patch_of(mine), SPEC, HALF)
+    with pytest.raises(ValueError, match=r"must name what the model has, got \['x'\]"):
+        slice_patch(patch_of(Payload(dense={"x": np.ones(2)})), SPEC, HALF)
+    with pytest.raises(ValueError, match="must have 4 units, got 3"):
+        slice_patch(patch_of(whole), SPEC, {"heads": np.arange(3) > 0})
 
 
 @pytest.mark.parametrize(
@@ -150,30 +162,71 @@ def test_nothing_dropped_comes_back(keep: Any, allowed: Any, match: str | None):
             masked.check_within("an update", *sides)
 
 
-@settings(max_examples=20, deadline=None)
-@given(keep=keeps, ranks=st.tuples(st.integers(1, 12), st.integers(1, 12)))
-def test_slices_add_up_as_whole_patches_do(keep: Any, ranks: Any):
-    newer, older = (noise_payload(np.random.default_rng(r), SPEC, r, 2.0) for r in ranks)
-    whole = slice_payload(add(newer, older, SPEC), SPEC, keep)
-    mine = masked.add_slices(slice_payload(newer, SPEC, keep), slice_payload(older, SPEC, keep), SPEC)
-    close(dense_of_whole(mine), dense_of_whole(whole), 1e-12)
-    assert set(mine.keep) == set(keep)
+def patch_of(payload: Payload) -> Patch:
+    return Patch(base_hash="toy", since=2, version=3, payload=payload)
 
 
-def test_a_task_for_a_pruned_device_has_slices():
+@settings(max_examples=30, deadline=None)
+@given(keep=keeps)
+def test_a_patch_for_a_pruned_device_is_its_slice(keep: Any):
     whole = noise_payload(np.random.default_rng(0), SPEC, 2, 2.0)
-    patch = Patch(base_hash="toy", since=0, version=3, payload=whole)
-    task = Task(device="d", round=1, rank=2, alpha=4.0, start_from=Start.PATCH, patch=patch)
-    mine = masked.slice_task(task, SPEC, HALF)
-    assert mine.patch is not None
-    assert (mine.patch.since, mine.patch.version) == (0, 3)
-    for keep in (mine.start.keep, mine.patch.payload.keep):
-        np.testing.assert_array_equal(keep["heads"], HALF["heads"])
-    assert mine.patch.payload.factors["qkv"].b.shape == (17, 2)
-    empty = replace(task, patch=replace(patch, since=3, payload=Payload()))
-    sliced = masked.slice_task(empty, SPEC, HALF).patch
-    assert sliced == empty.patch
-    assert masked.slice_task(task, SPEC, {}) == task
+    patch = patch_of(replace(whole, dense={**whole.dense, "plain": np.ones((18, 18)), "o": np.ones((18, 20))}))
+    mine, wanted = slice_patch(patch, SPEC, keep), slice_payload(patch.payload, SPEC, keep)
+    assert mine is not None
+    if all(bits.all() for bits in keep.values()):
+        assert mine is patch
+        return
+    assert (mine.base_hash, mine.since, mine.version) == ("toy", 2, 3)
+    assert mine.payload
+    for kind in ("factors", "dense", "keep"):
+        got, expected = getattr(mine.payload, kind), getattr(wanted, kind)
+        assert list(got) == list(expected)
+        assert len(got) == len(expected)
+        assert "x" not in got
+        for name in expected:
+            one, other = got[name], expected[name]
+            for x, y in ((one.b, other.b), (one.a, other.a)) if kind == "factors" else ((one, other),):
+                np.testing.assert_array_equal(x, y)
+    task = Task(device="d", round=1, rank=2, alpha=4.0, start_from=Start.PATCH, patch=mine)
+    arrived = decode(encode(task), Task, limit=1 << 20)
+    assert arrived.patch is not None
+    assert arrived.patch.payload.factors["qkv"].b.shape == (pruned(SPEC, keep).matrices["qkv"].d_out, 2)
+    assert size(arrived.patch.payload) == size(mine.payload) < size(patch.payload)
+
+
+def test_a_device_that_misses_nothing_is_told_no_more():
+    empty = patch_of(Payload())
+    assert slice_patch(empty, SPEC, HALF) is empty
+    assert slice_patch(None, SPEC, HALF) is None
+
+
+def test_slices_for_many_devices_take_no_memory():
+    matrix = MatrixSpec(d_out=4000, d_in=40, rows=Axis(group="heads", width=1000))
+    spec = ModelSpec(base_hash="wide", matrices={"w": matrix}, groups={"heads": 4})
+    patch = patch_of(noise_payload(np.random.default_rng(0), spec, 8, 8.0))
+    tracemalloc.start()
+    try:
+        mine = [slice_patch(patch, spec, {"heads": np.arange(4) != i % 4}) for i in range(64)]
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken < 8 * size(patch.payload)  # bytes: less than one float64 copy
+    assert all(one is not None and one.payload.factors["w"].b.shape == (3000, 8) for one in mine)
+
+
+@settings(max_examples=60, deadline=None)
+@given(one=keeps, other=keeps)
+def test_which_units_are_known(one: Any, other: Any):
+    """By the definition, unit by unit: a group that is not named is whole."""
+
+    def units(keep: Any) -> set[tuple[str, int]]:
+        return {(g, u) for g, n in SPEC.groups.items() for u in range(n) if keep.get(g, np.ones(n, bool))[u]}
+
+    common = masked.in_both(one, other)
+    assert units(common) == units(one) & units(other)
+    assert all(not bits.all() for bits in common.values())
+    assert masked.covers(one, other) == (units(one) >= units(other))
+    assert masked.covers(one, common)
 
 
 def test_a_state_remembers_the_groups():
