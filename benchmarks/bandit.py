@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from fedloom.strategies.bandit import Box, DiscountedUCB, FixedArm, Limits, Policy, RandomArm
+from fedloom.strategies.bandit import Box, DiscountedUCB, Limits, Policy
+from fedloom.strategies.bandit_baselines import FixedArm, RandomArm
 from fedloom.strategies.bandit_reward import Reward, best_fixed, regret
 
 Floats = NDArray[np.float64]
@@ -33,9 +34,13 @@ WORLDS = ("stationary", "drifting", "switching")
 NOISE = 0.1  # standard deviation of a reward
 
 
+SHARED = "tree UCB, shared"  # what fedspine does: devices learn from one another
+
+
 def policies() -> dict[str, Policy]:
     """What is compared; each learns what runs out of memory, and none is told."""
     return {
+        SHARED: DiscountedUCB(box=BOX),
         "tree UCB": DiscountedUCB(box=BOX),
         "E-UCB as published": DiscountedUCB(box=BOX, exploration=1.0, prior=0.0, theta=0.15, split_after=1),
         "grid UCB 4 x 4": DiscountedUCB(box=BOX, cells=(4, 4), split=False),
@@ -110,23 +115,47 @@ def reward_of(shape: Reward, drop: Any, progress: Any, seconds: Any) -> Floats:
     return values
 
 
-def play(policy: Policy, device: Device, name: str, seed: int, rounds: int, shape: Reward = FULL) -> dict[str, Any]:
+@dataclass(kw_only=True)
+class Run:
     """One device's run: expected rewards (of the full reward), and what came of it."""
-    rng = np.random.default_rng([seed, 7])
-    state, limits = policy.init(name, seed), Limits(need=need, memory=device.memory)
-    earned, outcomes, crashes = np.zeros(rounds), np.zeros((rounds, 3)), 0
+
+    earned: Floats
+    outcomes: Floats
+    crashes: int = 0
+
+
+def play(
+    chosen: Sequence[Policy],
+    devices: Sequence[Device],
+    seed: int,
+    rounds: int,
+    shape: Reward = FULL,
+    *,
+    shared: bool = False,
+) -> list[Run]:
+    """A fleet's runs, each device with its policy; with `shared`, all of one policy, they learn from one another."""
+    states = [policy.init(f"d{i}", seed) for i, policy in enumerate(chosen)]
+    runs = [Run(earned=np.zeros(rounds), outcomes=np.zeros((rounds, 3))) for _ in devices]
+    noises = [np.random.default_rng([seed, 7]) for _ in devices]
+    lead = chosen[0] if shared and isinstance(chosen[0], DiscountedUCB) else None
+    fleet = lead.init("", seed) if lead else None
     for round in range(rounds):
-        noise = NOISE * rng.standard_normal()
-        arm = policy.choose(state, round, limits)
-        if arm.need >= device.limit:
-            state = policy.observe(state, round, arm, 0.0, out_of_memory=True)
-            crashes += 1
-            continue
-        drop, progress, seconds = (float(x) for x in device.outcome(round, rounds, arm.ratio, arm.rank))
-        outcomes[round] = drop, arm.ratio, seconds
-        earned[round] = FULL(drop, progress, seconds, 1.0)
-        state = policy.observe(state, round, arm, float(np.clip(shape(drop, progress, seconds, 1.0) + noise, 0, 1)))
-    return {"earned": earned, "outcomes": outcomes, "crashes": crashes, "leaves": len(state.leaves)}
+        evidence = lead.evidence(fleet, round) if lead and fleet else None
+        for i, (policy, device, run) in enumerate(zip(chosen, devices, runs, strict=True)):
+            noise = NOISE * noises[i].standard_normal()
+            arm = policy.choose(states[i], round, Limits(need=need, memory=device.memory), evidence)
+            if arm.need >= device.limit:
+                states[i] = policy.observe(states[i], round, arm, 0.0, out_of_memory=True)
+                run.crashes += 1
+                continue
+            drop, progress, seconds = (float(x) for x in device.outcome(round, rounds, arm.ratio, arm.rank))
+            run.outcomes[round] = drop, arm.ratio, seconds
+            run.earned[round] = FULL(drop, progress, seconds, 1.0)
+            reward = float(np.clip(shape(drop, progress, seconds, 1.0) + noise, 0, 1))
+            states[i] = policy.observe(states[i], round, arm, reward)
+            if lead and fleet:
+                fleet = lead.observe(fleet, round, arm, reward)
+    return runs
 
 
 def truth(device: Device, rounds: int) -> Floats:
@@ -144,6 +173,12 @@ def interval(values: Floats) -> tuple[float, float]:
     return float(values.mean()), float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def oracle(means: Floats) -> Policy:
+    """The best fixed arm in hindsight."""
+    best = divmod(best_fixed(means), len(RANKS))
+    return FixedArm(ratio=float(RATIOS[best[0]]), rank=int(RANKS[best[1]]), box=BOX)
+
+
 def compare(world: str, rounds: int, devices: int, seeds: int) -> dict[str, Any]:
     """Curves of regret a device, [seeds, rounds], of every policy, and its crashes a device."""
     curves: dict[str, list[Floats]] = {}
@@ -152,14 +187,11 @@ def compare(world: str, rounds: int, devices: int, seeds: int) -> dict[str, Any]
         fleet = [Device.draw(world, seed, i) for i in range(devices)]
         truths = [truth(device, rounds) for device in fleet]
         for label, policy in (*policies().items(), ("oracle", None)):
-            runs = []
-            for i, device in enumerate(fleet):
-                best = divmod(best_fixed(truths[i]), len(RANKS))
-                chosen = policy or FixedArm(ratio=float(RATIOS[best[0]]), rank=int(RANKS[best[1]]), box=BOX)
-                runs.append(play(chosen, device, f"d{i}", seed, rounds))
-            lost = [regret(means, run["earned"]) for means, run in zip(truths, runs, strict=True)]
+            chosen = [policy or oracle(means) for means in truths]
+            runs = play(chosen, fleet, seed, rounds, shared=label == SHARED)
+            lost = [regret(means, run.earned) for means, run in zip(truths, runs, strict=True)]
             curves.setdefault(label, []).append(np.mean(lost, axis=0))
-            crashes.setdefault(label, []).append(float(np.mean([run["crashes"] for run in runs])))
+            crashes.setdefault(label, []).append(float(np.mean([run.crashes for run in runs])))
     return {
         "curves": {k: np.array(v) for k, v in curves.items()},
         "crashes": {k: float(np.mean(v)) for k, v in crashes.items()},
@@ -194,14 +226,13 @@ def ablate(world: str, rounds: int, devices: int, seeds: int) -> dict[str, dict[
     for label, shape in ABLATIONS.items():
         rows = []
         for seed in range(seeds):
-            runs = []
-            for i in range(devices):
-                device = Device.draw(world, seed, i)
-                run = play(policies()["tree UCB"], device, f"d{i}", seed, rounds, shape)
-                drop, ratio, seconds = run["outcomes"][rounds // 2 :].mean(0)
-                late = np.abs(run["outcomes"][rounds // 2 :, 2] - 1).mean()
-                runs.append((run["earned"][rounds // 2 :].mean(), drop, ratio, seconds, late))
-            rows.append(np.mean(runs, axis=0))
+            fleet = [Device.draw(world, seed, i) for i in range(devices)]
+            cells = []
+            for run in play([policies()[SHARED]] * devices, fleet, seed, rounds, shape, shared=True):
+                drop, ratio, seconds = run.outcomes[rounds // 2 :].mean(0)
+                late = np.abs(run.outcomes[rounds // 2 :, 2] - 1).mean()
+                cells.append((run.earned[rounds // 2 :].mean(), drop, ratio, seconds, late))
+            rows.append(np.mean(cells, axis=0))
         columns = ("full_reward", "loss_drop", "ratio", "seconds", "off_median")
         table[label] = dict(zip(columns, map(interval, np.array(rows).T), strict=True))
     return table
@@ -262,7 +293,7 @@ def main() -> None:
                 f"| {label} | {row['regret']:.3f} ± {row['half_width']:.3f} | {row['first_half']:.3f} | "
                 f"{row['second_half']:.3f} | {row['slope']:.2f} | {row['crashes']:.1f} |"
             )
-    print(f"\n| {args.worlds[-1]}, tree UCB paid by | full reward | loss drop | ratio | seconds | off the median |")
+    print(f"\n| {args.worlds[-1]}, shared tree paid by | full reward | loss drop | ratio | seconds | off the median |")
     print("|---|---|---|---|---|---|")
     for label, cells in ablation.items():
         print(f"| {label} | " + " | ".join(f"{mean:.3f} ± {wide:.3f}" for mean, wide in cells.values()) + " |")
