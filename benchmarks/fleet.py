@@ -20,16 +20,23 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from seeds import interval
 
 from fedloom.protocols.config import RunConfig, build_config, override
+from fedloom.protocols.messages import Kind, Patch, Payload, Start, Task
+from fedloom.server.app import build_strategy
+from fedloom.server.checkpoint import latest_checkpoint
+from fedloom.server.pooling import pool
 from fedloom.server.track import METRICS_FILE
 from fedloom.simulations.naming import main_metric
 from fedloom.simulations.runs import run_recipe
 from fedloom.simulations.summary import read_metrics
+from fedloom.simulations.world import World
+from fedloom.strategies.unequal import PRUNE_RATIO
 
 Settings = dict[str, Any]
 TX2, NX, AGX = "jetson-tx2", "jetson-xavier-nx", "jetson-agx-xavier"
@@ -62,9 +69,9 @@ def news_task(asked: argparse.Namespace) -> Settings:
             csv.writer(file).writerows([("text", "label"), *rows])
     return {
         "model": {"path": asked.model, "task": "classify", "labels": 4, "describe": "units"},
-        "data": {"source": str(source), "max_length": 32, "test_share": 0.15},
-        "fleet": {**_fleet({TX2: 100.0, NX: 115.0, AGX: 300.0}), "partition": "dirichlet", "alpha": 0.5},
-        "train": {"lr": 1e-3, "steps": 10, "batch_size": 4},
+        "data": {"source": str(source), "max_length": 32, "test_share": 0.12},
+        "fleet": {**_fleet({TX2: 100.0, NX: 115.0, AGX: 300.0}), "partition": "dirichlet", "alpha": 1.0},
+        "train": {"lr": 1e-3, "steps": 10, "batch_size": 4, "schedule": "linear"},
         "server": {"rounds": 9, "cohort": 12},
         "eval": {"every": 3},
     }
@@ -122,6 +129,37 @@ def measure(config: RunConfig, folder: Path) -> dict[str, Any]:
     return curve
 
 
+def pruned_after(config: RunConfig, folder: Path, target: float) -> float:
+    """The metric where what was tuned whole is pruned at the end: each device by the fluctuation on its own texts."""
+    done = folder / "pruned.json"
+    if not done.exists():
+        checkpoint, _ = latest_checkpoint(folder / "checkpoints")
+        if checkpoint is None:
+            raise ValueError(f"{folder} must have a checkpoint, got none")
+        with TemporaryDirectory() as work:
+            world = World(override_config(config, {"fleet.memory_mb": []}), Path(work))
+            spec = world.resident.spec
+            payload = build_strategy(config).adapter(checkpoint.state)
+            patch = Patch(base_hash=spec.base_hash, since=0, version=1, payload=payload)
+            whole = {name: np.ones(count, np.bool_) for name, count in spec.groups.items()}
+            found = []
+            for index in range(config.fleet.devices):
+                device = world.device(index)
+                task = Task(
+                    device=device.hello().report.device, round=1, kind=Kind.EVALUATE, rank=1, alpha=2.0, run="pruned",
+                    start_from=Start.FRESH, patch=patch, start=Payload(keep=whole), knobs={PRUNE_RATIO: target},
+                )  # fmt: skip
+                found.append(device.handle(task).metrics)
+        done.write_text(json.dumps(pool(found)), encoding="utf-8")
+    metric: float = json.loads(done.read_text(encoding="utf-8"))[main_metric(config)]
+    return metric
+
+
+def override_config(config: RunConfig, changes: Settings) -> RunConfig:
+    """The recipe with other settings."""
+    return build_config(override(config.model_dump(), changes))
+
+
 def _curve(records: Sequence[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
     """Points (round, metric, loss, virtual seconds so far) and what the run cost.
 
@@ -175,6 +213,7 @@ def row(label: str, found: Mapping[int, dict[str, Any]], goals: Mapping[int, flo
         "after": interval([curve["points"][-1][1] for curve in curves]),
         "loss": interval([curve["points"][-1][2] for curve in curves]),
         "pruned": float(np.mean([curve["ratio"] for curve in curves])),
+        "then pruned": interval([curve["then pruned"] for curve in curves]) if "then pruned" in curves[0] else "",
         "to goal": [reached(curve["points"], goals[seed]) for seed, curve in found.items() if seed in goals],
         "seconds": float(np.mean([curve["points"][-1][3] for curve in curves])),
         "idle": float(np.mean([curve["idle"] for curve in curves])),
@@ -189,13 +228,14 @@ def row(label: str, found: Mapping[int, dict[str, Any]], goals: Mapping[int, flo
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| method | after (95%) | loss | pruned | s to goal | s in all | idle | MB | peak MB | out of memory | seeds |",
-        "|" + "---|" * 11,
+        "| method | after (95%) | loss | pruned | then pruned | s to goal | s in all | idle | MB | peak MB "
+        "| out of memory | seeds |",
+        "|" + "---|" * 12,
     ]
     for one in rows:
         goal = ", ".join(f"{seconds:.1f}" if np.isfinite(seconds) else "never" for seconds in one["to goal"])
         lines.append(
-            f"| {one['method']} | {one['after']} | {one['loss']} | {one['pruned']:.2f} | {goal} "
+            f"| {one['method']} | {one['after']} | {one['loss']} | {one['pruned']:.2f} | {one['then pruned']} | {goal} "
             f"| {one['seconds']:.1f} | {one['idle']:.0%} | {one['MB']:.0f} | {one['peak']:.1f} "
             f"| {one['out of memory']} ({one['broken']} broken) | {one['seeds']} |"
         )
@@ -208,6 +248,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="*", help="Only these.")
     parser.add_argument("--target", type=float, default=0.3, help="Share of heads and channels pruned at the end.")
+    parser.add_argument("--prune", action="store_true", help="Also prune what was tuned whole, at the end.")
     parser.add_argument("--goal", type=float, help="The accuracy to time; default: where the fixed schedule ends.")
     parser.add_argument("--data", default="ag_news.csv")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
@@ -229,7 +270,9 @@ def main() -> None:
                 config = build_config(override(settings, {**common, **chosen, "seed": seed}))
                 folder = asked.out / asked.task / f"seed-{seed}" / label.replace(" ", "-").replace(",", "")
                 curve = found.setdefault(label, {})[seed] = measure(config, folder)
-                print(f"seed {seed} {label}: {curve['points'][-1]}", flush=True)
+                if asked.prune and chosen["strategy.name"] not in ("fedspine", "fedpipe"):
+                    curve["then pruned"] = pruned_after(config, folder, asked.target)
+                print(f"seed {seed} {label}: {curve['points'][-1]} {curve.get('then pruned', '')}", flush=True)
     ends = {seed: curve["points"][-1][1] for seed, curve in found.get(BASELINE, {}).items()}
     goals = dict.fromkeys(asked.seeds, asked.goal) if asked.goal is not None else ends
     rows = [row(label, curves, goals) for label, curves in found.items()]

@@ -1,10 +1,11 @@
 """Pretend devices by what their makers publish: operations a second, memory, and a link.
 
-Peak figures are the float16 ones that are quoted from the data sheets named below; the sheets themselves were not at
-hand, so look there before a result hangs on one. A training step of a language model reaches
-a fraction of that: `EFFICIENCY`, assumed and the same for all, so that ratios between devices are the vendors'. What an
-operating system and other programs take of shared memory is `RESERVED`, assumed too. Links are assumptions, all of
-them: 802.11ac indoors for what has an antenna, and two home and office lines.
+Peak figures are float16 ones. Of the Jetsons, cores, clocks and memory were read in what is published: the data sheet
+of the Xavier NX (DA-09366-001: 384 cores, 1100 MHz, 8 GB), public lists of hardware of the others (TX2: 1.33 TFLOPS,
+8 GB; AGX Xavier: 512 cores, 1.3 TFLOPS in float32). Those of servers are quoted from memory. A training step of a
+language model reaches a fraction of that: `EFFICIENCY`, assumed and the same for all, so that ratios between devices
+are the vendors'. What an operating system and other programs take of shared memory is `RESERVED`, assumed too. Links
+are assumptions, all of them: 802.11ac indoors for what has an antenna, and two home and office lines.
 
     jetson-tx2         1.33 TFLOPS fp16, 8 GB      NVIDIA, Jetson TX2 data sheet (256 Pascal cores)
     jetson-xavier-nx   0.845 x 2 TFLOPS fp16, 8 GB NVIDIA, Jetson Xavier NX data sheet (384 Volta cores, 1.1 GHz)
@@ -12,8 +13,9 @@ them: 802.11ac indoors for what has an antenna, and two home and office lines.
     server-t4          65 TFLOPS fp16, 16 GB       NVIDIA, T4 data sheet (tensor cores)
     server-a100        312 TFLOPS fp16, 80 GB      NVIDIA, A100 data sheet (tensor cores)
 
-Of the Xaviers, twice cores x clock x 2 (fused multiply-adds in packed half precision), tensor cores left out. `phone`
-and `laptop` are no product: round numbers of 2023's middle class, to have something slower and something plain.
+Of the Xaviers, twice cores x clock x 2 (fused multiply-adds in packed half precision), tensor cores left out: with them
+the Xaviers are several times as fast, and a fleet less alike than this one. `phone` and `laptop` are no product: round
+numbers of 2023's middle class, to have something slower and something plain.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from fedloom.client.pruning.narrowing import Prunable
 from fedloom.protocols.messages import Axis
 
 DECAY = 0.9
-CHUNK = 2**21  # entries of g that exist at once
+CHUNK = 2**16  # entries of g that exist at once: few enough to stay in the cache
 
 
 @dataclass(kw_only=True)

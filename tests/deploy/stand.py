@@ -200,6 +200,10 @@ class Stand:
         run_recipe(read_recipe(self.folder / "recipe.toml"), folder)
         return final_state(folder)
 
+    def is_out(self, round: int) -> bool:
+        """Whether the tasks of a round are out. Where a test gets no turn for seconds, the answers may be in, too."""
+        return any(e["event"] == "phase" and (e["round"], e["phase"]) == (round, "train") for e in self.events())
+
     def records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines() if line]
 

@@ -32,7 +32,7 @@ def test_a_killed_run_with_real_devices_ends_in_the_bytes_of_a_simulation(tmp_pa
         stand.processes["shut-out"].send_signal(signal.SIGTERM)
         print(f"refused after {time.monotonic() - began:.1f} s")
         stand.start_client(PRETEND[1])
-        stand.wait(lambda: out(stand, 2), seconds=PATIENT, pause=0.01, label="the tasks of round 2")
+        stand.wait(lambda: stand.is_out(2), seconds=PATIENT, pause=0.01, label="the tasks of round 2")
         assert stand.kill("server") == 1
         print(f"killed after {time.monotonic() - began:.1f} s")
         stand.wait_to_finish(PATIENT)
@@ -45,8 +45,3 @@ def test_a_killed_run_with_real_devices_ends_in_the_bytes_of_a_simulation(tmp_pa
         assert [record["round"] for record in stand.records()] == list(range(ROUNDS + 1))
         assert stand.final_state() == stand.simulated(tmp_path / "simulated")
     print(f"done after {time.monotonic() - began:.1f} s")
-
-
-def out(stand: Stand, round: int) -> bool:
-    """Whether the tasks of a round are out. Where this test gets no turn for seconds, the answers may be in, too."""
-    return any(e["event"] == "phase" and (e["round"], e["phase"]) == (round, "train") for e in stand.events())
