@@ -53,7 +53,7 @@ def check_adjusted(task: Task, spec: ModelSpec) -> None:
 
 def adjusts(task: Task) -> bool:
     """Whether the server chose this training for this device's memory, and learns from hearing that it was too much."""
-    return task.kind is Kind.TRAIN and bool(task.start.keep or task.ranks)
+    return task.kind is Kind.TRAIN and bool(PRUNE_RATIO in task.knobs or task.ranks)
 
 
 def keeps_own(task: Task) -> bool:

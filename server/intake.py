@@ -71,7 +71,7 @@ def _check_given_up(update: Update, task: Task) -> None:
     """No tensors, and the arm that the task told it to pull: what a strategy that fits devices' memory learns from."""
     if update.payload or update.payload.keep:
         raise ValueError("an update that ran out of memory must carry no tensors, got some")
-    if not task.ranks and not task.start.keep:
+    if not task.ranks and PRUNE_RATIO not in task.knobs:
         raise ValueError("the task leaves nothing to make smaller, got an update that ran out of memory")
     asked = {RATIO: float(task.knobs.get(PRUNE_RATIO, 0.0)), RANK: float(task.rank)}
     for name, value in asked.items():

@@ -199,7 +199,7 @@ class FedSpine(MergeOptions):
                 fleet = self._policy().observe(fleet, one.round, self._arm(one, need), reward)
         tensors |= prefixed("fleet", fleet.tensors())
         if self.masks == "fleet":
-            tensors |= prefixed("order", reordered(state, seen).tensors())
+            tensors |= prefixed("order", reordered(state, seen, self.target).tensors())
         return replace(merged, tensors=tensors, meta={**merged.meta, "standings": standings, "fleet": fleet.meta()})
 
     def catch_up(self, state: State, since: int) -> Patch | None:
@@ -349,9 +349,9 @@ def order_of(state: State) -> UnitOrder:
     return UnitOrder.restore(arrays)
 
 
-def reordered(state: State, seen: Sequence[Seen]) -> UnitOrder:
+def reordered(state: State, seen: Sequence[Seen], target: float) -> UnitOrder:
     """The order after a round: gone as far as its most pruned device, and with what its devices measured."""
     units = units_of(spec_of(state))
     sound = [one for one in seen if not one.out_of_memory and one.examples]
     measured = [Measured(scores=one.scores, keep=one.keep, weight=float(one.examples)) for one in sound if one.scores]
-    return order_of(state).advanced(units, [one.keep for one in sound]).learned(units, measured)
+    return order_of(state).advanced(units, [one.keep for one in sound], target).learned(units, measured)

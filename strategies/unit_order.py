@@ -117,14 +117,18 @@ class UnitOrder:
         counts = {kind: max(count, gone(units, before)[kind]) for kind, count in wanted(units, ratio).items()}
         return drop_least(units, self._keys(), counts, keep=before)
 
-    def advanced(self, units: FleetUnits, keeps: Iterable[Keep]) -> UnitOrder:
-        """The order, gone as far as the most pruned of these keeps; as it was where nothing is known."""
+    def advanced(self, units: FleetUnits, keeps: Iterable[Keep], most: float) -> UnitOrder:
+        """The order, gone as far as the most pruned of these keeps, but no further than a ratio.
+
+        As it was where nothing is known. A device that dropped more than anyone was asked to is its own affair.
+        """
         if not self:
             return self
         so_far = {name: at == 0 for name, at in self.went.items()}
         counts = gone(units, so_far)
         for keep in keeps:
             counts = {kind: max(count, gone(units, keep)[kind]) for kind, count in counts.items()}
+        counts = {kind: min(count, wanted(units, most)[kind]) for kind, count in counts.items()}
         after = drop_least(units, self._keys(), counts, keep=so_far)
         new = sorted(
             (float(self.scores[name][unit]), name, int(unit))

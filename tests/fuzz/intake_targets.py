@@ -57,6 +57,7 @@ from fedloom.strategies.ffa import drop_a
 from fedloom.strategies.masked import Keep, slice_patch, slice_payload
 from fedloom.strategies.registry import build
 from fedloom.strategies.unequal import DROP, MEASURE, PRUNE_RATIO, RANK, RATIO, REPEATED, SCORE
+from fedloom.strategies.unit_order import SCORES, UNIT_SCORES
 
 SPEC: Final = ModelSpec(
     base_hash="5e" * 32,
@@ -155,6 +156,9 @@ def answer(task: Task, seed: int, spec: ModelSpec = SPEC) -> Update:
     factors = {name: _of_rank(term, task, name) for name, term in payload.factors.items() if task.rank_of(name)}
     keep = pruned_keep(task)
     payload = slice_payload(replace(payload, factors=factors), spec, keep)
+    if task.knobs.get(UNIT_SCORES):
+        scores = {SCORES + name: np.full(count, 0.5 + seed, np.float32) for name, count in spec.groups.items()}
+        payload = replace(payload, dense={**payload.dense, **scores})
     metrics = {**update.metrics, **_repeated(task)}
     metrics |= {SCORE + name: 1.0 + seed for name in factors} if MEASURE in task.knobs else {}
     metrics |= {DROP: 0.5} if keep else {}

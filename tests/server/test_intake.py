@@ -173,13 +173,13 @@ GIVEN_UP = replace(GOOD, payload=Payload(), metrics=LEFT, cost=Cost(out_of_memor
 
 def test_a_task_that_ran_out_of_memory_is_heard() -> None:
     check_update(GIVEN_UP, ARM, PRUNABLE)
-    check_update(replace(GIVEN_UP, metrics=LEFT | {"ratio": 0.0}), PRUNING, PRUNABLE)
     check_update(replace(GIVEN_UP, metrics=LEFT | {"ratio": 0.0}), replace(TASK, ranks={"m": 1}), SPEC)
 
 
 @pytest.mark.parametrize(
     ("task", "bad", "why"),
     [
+        (PRUNING, GIVEN_UP, "leaves nothing to make smaller, got an update that ran out"),
         (TASK, GIVEN_UP, "leaves nothing to make smaller, got an update that ran out"),
         (ARM, replace(GIVEN_UP, payload=GOOD.payload), "ran out of memory must carry no tensors, got some"),
         (ARM, replace(GIVEN_UP, payload=Payload(keep=NARROW)), "ran out of memory must carry no tensors, got some"),

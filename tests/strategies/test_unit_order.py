@@ -74,10 +74,19 @@ def test_models_are_nested_whatever_is_learned_in_between(seed, ratios):
         assert all(bits.any() for bits in keep.values())
         assert not any(name.startswith("3.") for name, _ in drops(keep))  # the last layer is spared
         before = drops(keep)
-        order = order.advanced(UNITS, [keep]).learned(UNITS, [some(rng, keep), some(rng, keep, 0.5)])
+        order = order.advanced(UNITS, [keep], 0.45).learned(UNITS, [some(rng, keep), some(rng, keep, 0.5)])
         arrays = {name: value.copy() for name, value in order.tensors().items()}
         again = UnitOrder.restore(arrays)
         assert drops(again.keep(UNITS, 0.45, {})) == drops(order.keep(UNITS, 0.45, {}))
+
+
+def test_a_device_that_drops_what_nobody_asked_for_moves_the_order_no_further_than_the_target():
+    order = UnitOrder().learned(UNITS, [some(np.random.default_rng(2))])
+    greedy = {name: np.arange(count) == 0 for name, count in SPEC.groups.items()}
+    went = order.advanced(UNITS, [greedy], 0.3).went
+    assert drops({name: at == 0 for name, at in went.items()}) == drops(order.keep(UNITS, 0.3, {}))
+    assert order.advanced(UNITS, [], 0.3).tensors().keys() == order.tensors().keys()
+    assert not UnitOrder().advanced(UNITS, [greedy], 0.3)
 
 
 def test_the_least_important_go_and_a_device_never_gets_back_what_it_lost():
