@@ -69,7 +69,7 @@ def test_a_run_is_exported_pruned(fedloom: Fedloom, run: Path) -> None:
 def test_what_cannot_be_exported_pruned_says_why(fedloom: Fedloom, run: Path) -> None:
     for options, message in (
         (("--format", "pruned"), "say what to prune, with --keep FILE or --ratio SHARE"),
-        (("--format", "pruned", "--ratio", 0.9), "attention can be pruned by 0.625 at most, got a ratio of 0.9"),
+        (("--format", "pruned", "--ratio", 0.9), "attention can be pruned by 0.625 at most, got a share of 0.875"),
         (("--format", "pruned", "--ratio", 0.2, "--keep", "x"), "give --keep FILE or --ratio SHARE, not both"),
         (("--format", "pruned", "--keep", run / "nowhere"), "a keep must be JSON with lists of kept units"),
         (("--format", "peft", "--ratio", 0.2), "--keep and --ratio go with --format pruned, got format peft"),

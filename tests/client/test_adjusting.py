@@ -65,7 +65,8 @@ def test_what_can_be_asked_for() -> None:
     assert asked_bits(task()) == 16
     assert not adjusts(task())
     assert not adjusts(task(start=KEEP, kind=Kind.EVALUATE))
-    assert adjusts(task(start=KEEP))
+    assert not adjusts(task(start=KEEP))
+    assert adjusts(task(start=KEEP, knobs={"prune_ratio": 0.3}))
     assert adjusts(task(ranks={"up": 1}))
     assert keeps_own(task(start=KEEP))
     assert keeps_own(task(start_from=Start.OWN))
