@@ -36,7 +36,7 @@ from fedloom.strategies.bandit_reward import Reward
 from fedloom.strategies.base import State, Workload
 from fedloom.strategies.cost import fixed, marginal
 from fedloom.strategies.fedloom import Fedloom
-from fedloom.strategies.masked import slice_patch
+from fedloom.strategies.masked import Keep, slice_patch
 from fedloom.strategies.packing import prefixed, spec_of, under
 from fedloom.strategies.server_optimizer import MergeOptions, refuse_elementwise
 from fedloom.strategies.sparsity import cubic, most_ratio, narrowed, removed
@@ -138,7 +138,7 @@ class FedSpine(MergeOptions):
         """
         spec, held = spec_of(state), planning.patches(state, devices)
         tasks, need, policy, fleet = [], self._needs(spec), self._policy(), self._evidence(state, round)
-        order = order_of(state)
+        kept = self._kept(state)
         for report in devices:
             standing = self._standing(state, report.device)
             allowed = standing.allowed(spec)
@@ -159,7 +159,7 @@ class FedSpine(MergeOptions):
                     rank=arm.rank,
                     start_from=Start.PATCH,
                     patch=slice_patch(held[report.version], spec, allowed),
-                    start=Payload(keep=order.keep(units_of(spec), arm.ratio, allowed) if order else allowed),
+                    start=Payload(keep=kept(arm.ratio, allowed)),
                     knobs={PRUNE_RATIO: arm.ratio, **({UNIT_SCORES: True} if self.masks == "fleet" else {})},
                 )
             )
@@ -170,13 +170,13 @@ class FedSpine(MergeOptions):
         spec = spec_of(state)
         tasks = planning.patch_evaluation(state, devices, round, self.scaling)
         floor = min(self._floor(round), most_ratio(told_shapes(spec)))
-        order, judged = order_of(state), []
+        kept, judged = self._kept(state), []
         for task in tasks:
             standing = self._standing(state, task.device)
             ratio, allowed = max(standing.ratio, floor), standing.allowed(spec)
-            keep = order.keep(units_of(spec), ratio, allowed) if order else allowed
             patch = slice_patch(task.patch, spec, allowed)
-            judged.append(replace(task, start=Payload(keep=keep), patch=patch, knobs={PRUNE_RATIO: ratio}))
+            start = Payload(keep=kept(ratio, allowed))
+            judged.append(replace(task, start=start, patch=patch, knobs={PRUNE_RATIO: ratio}))
         return judged
 
     def aggregate(self, state: State, updates: Iterable[Update]) -> State:
@@ -234,6 +234,14 @@ class FedSpine(MergeOptions):
             return base + rank * each
 
         return need
+
+    def _kept(self, state: State) -> Callable[[float, Keep], Keep]:
+        """What a device may keep at a ratio, of what it is allowed; all of that while no order of units is known."""
+        order = order_of(state)
+        if not order:
+            return lambda ratio, allowed: allowed
+        units = units_of(spec_of(state))
+        return lambda ratio, allowed: order.keep(units, ratio, allowed)
 
     def _merge(self) -> Fedloom:
         return underlying(self, self.rank_cap, error_feedback=self.error_feedback)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.protocols.messages import Array, ModelSpec, Payload
-from fedloom.strategies.choosing import GroupKind, Scores, drop_least, gone, wanted, whole
+from fedloom.strategies.choosing import GroupKind, Scores, choose_keep, drop_least, gone, wanted, whole
 from fedloom.strategies.masked import Bits, Keep
 
 UNIT_SCORES: Final = "unit_scores"  # the knob that asks a device for the importance of its units
@@ -113,9 +113,7 @@ class UnitOrder:
         Raises:
             ValueError: before anything was learned, or for a ratio beyond what may be pruned.
         """
-        before = whole(allowed, units.units)
-        counts = {kind: max(count, gone(units, before)[kind]) for kind, count in wanted(units, ratio).items()}
-        return drop_least(units, self._keys(), counts, keep=before)
+        return choose_keep(units, self._keys(), ratio, keep=allowed)
 
     def advanced(self, units: FleetUnits, keeps: Iterable[Keep], most: float) -> UnitOrder:
         """The order, gone as far as the most pruned of these keeps, but no further than a ratio.
@@ -125,10 +123,8 @@ class UnitOrder:
         if not self:
             return self
         so_far = {name: at == 0 for name, at in self.went.items()}
-        counts = gone(units, so_far)
-        for keep in keeps:
-            counts = {kind: max(count, gone(units, keep)[kind]) for kind, count in counts.items()}
-        counts = {kind: min(count, wanted(units, most)[kind]) for kind, count in counts.items()}
+        dropped = [gone(units, keep) for keep in (so_far, *keeps)]
+        counts = {kind: min(limit, max(one[kind] for one in dropped)) for kind, limit in wanted(units, most).items()}
         after = drop_least(units, self._keys(), counts, keep=so_far)
         new = sorted(
             (float(self.scores[name][unit]), name, int(unit))
