@@ -106,6 +106,8 @@ class FedSpine(MergeOptions):
             raise ValueError(f"target must be in (0, 1) and ramp >= 1, got {self.target} and {self.ramp}")
         if self.max_rank < 1 or not 1 <= self.fixed_rank <= self.max_rank:
             raise ValueError(f"fixed_rank must be in 1..max_rank, got {self.fixed_rank} and {self.max_rank}")
+        if self.min_rank < 1:
+            raise ValueError(f"min_rank must be >= 1, got {self.min_rank}")
         self._reward()
         self._policy()
 

@@ -356,6 +356,8 @@ def test_models_that_cannot_be_pruned_are_refused():
         ({"ramp": 0}, "ramp >= 1, got .* and 0"),
         ({"fixed_rank": 33}, r"fixed_rank must be in 1\.\.max_rank, got 33 and 16"),
         ({"loss_scale": 0.0}, "scale must be > 0"),
+        ({"min_rank": 0}, "min_rank must be >= 1, got 0"),
+        ({"share": 2.0}, r"share must be in \[0, 1\], got 2\.0"),
         ({"discount": 0.0}, r"discount and theta must be in \(0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
